@@ -43,8 +43,8 @@ class Base:
 
     @hookimpl
     def devns_check(self, spec: Spec, host: Host) -> Iterable[Problem]:
-        found = [diagnose.userns_problem(host, None)]
-        return [problem for problem in found if problem is not None]
+        spaces = [step["name"] for step in _namespaces(spec) if step["op"] == "namespace"]
+        yield from diagnose.known_problems(host, "userns", *spaces)
 
     @hookimpl
     def devns_plan(self, spec: Spec, host: Host) -> Iterable[Step]:

@@ -11,7 +11,9 @@ from devns.store import upper_name
 
 if TYPE_CHECKING:
     from devns.host import Host
+    from devns.progress import Progress
     from devns.spec import Spec
+    from devns.store import Store
 
 Recipe = dict[str, Any]
 
@@ -44,3 +46,20 @@ def upper_directories(spec: Spec, host: Host) -> tuple[str, str]:
     """Where this environment keeps what is written: the upper directory, and overlayfs' work directory."""
     place = f"{host.store}/environments/{spec.name}/{upper_name(layers(spec, host))}"
     return f"{place}/root", f"{place}/work"
+
+
+def ensure(spec: Spec, host: Host, store: Store, progress: Progress) -> None:
+    """Make each layer that is missing. Of two builds of one layer the second waits, and finds it there."""
+    source = sources.find(spec.root.source)
+    for recipe in recipes(spec, host):
+        name = key(recipe)
+        if store.layer(name) is not None:
+            continue
+        with store.lock(name):
+            if store.layer(name) is not None:
+                continue
+            store.collect()
+            with store.staging() as staging:
+                made = source.make(recipe, staging.root, host, store.cache, progress)
+                progress.stage("write to disk")
+                store.commit(staging, name, {"recipe": recipe, **made})

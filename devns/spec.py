@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from devns.decode import At, decode, join, keys, near, show
+
+if TYPE_CHECKING:
+    from devns.template import Document
 
 Table = TypeVar("Table")
 
@@ -98,3 +107,156 @@ class Spec:
         """The table a plugin claimed with `kind`; its defaults where the template says nothing."""
         found = self.tables.get(kind)
         return found if found is not None else kind()
+
+
+# --- from a document to a Spec ------------------------------------------------------------------------------------
+
+CORE: Mapping[str, type] = MappingProxyType(
+    {"root": Root, "build": Build, "user": User, "namespaces": Namespaces, "env": Env, "shell": Shell}
+)
+
+_SOURCES = ("host", "debian:SUITE", "tar:PATH", "dir:PATH")
+_SUITE = re.compile(r"[a-z][a-z0-9.-]*")
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9][A-Za-z0-9.+:~-]*)?")  # deb-control(5)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # environ(7)
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOSTNAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # RFC 1123, 2.1
+_HOSTNAME_MAX = 64  # HOST_NAME_MAX, gethostname(2)
+_VARIABLE_MAX = 128 << 10  # MAX_ARG_STRLEN: "NAME=value" and its NUL, execve(2)
+_ID_MAX = 2**32 - 1  # (uid_t)-1 is no id, so a range ends below it
+_ROWS_MAX = 340  # user_namespaces(7)
+
+
+def tables(claims: Mapping[str, type]) -> dict[str, type]:
+    """Every table a template may have: those of plugins, and the core's own, which no plugin can replace."""
+    return {**claims, **CORE}
+
+
+def make_spec(document: Document, claims: Mapping[str, type]) -> Spec:
+    """What `document` asks for. `claims` maps the tables that plugins claimed to their dataclasses.
+
+    Raises TemplateError for whatever can be known to be wrong without looking at the machine.
+    """
+    known = tables(claims)
+    decoded: dict[str, Any] = {}
+    description = ""
+    for name, data in document.data.items():
+        at = document.at(join("", name))
+        if name == "description":
+            description = decode(_Description, {name: data}, document.at()).description
+        elif name in known:
+            decoded[name] = decode(known[name], data, at)
+        else:
+            raise at.error("no such table" if isinstance(data, dict) else "no such key", hint=_belongs(name, known))
+    core = {name: decoded.get(name, kind()) for name, kind in CORE.items()}
+    _check_root(core["root"], document.at("root"))
+    _check_build(core["build"], document.at("build"))
+    _check_user(core["user"], document.at("user"))
+    _check_namespaces(core["namespaces"], document.at("namespaces"))
+    _check_env(core["env"], document.at("env"))
+    _check_shell(core["shell"], document.at("shell"))
+    return Spec(
+        name=document.name,
+        template=document.template,
+        project=document.project,
+        description=description,
+        **{**core, "root": replace(core["root"], source=_resolved(core["root"].source, document))},
+        tables={known[name]: table for name, table in decoded.items() if name not in CORE},
+    )
+
+
+@dataclass(frozen=True)
+class _Description:
+    description: str
+
+
+def _belongs(name: str, known: Mapping[str, type]) -> str:
+    """The hint for a top-level name that nobody claims: the table it may be a key of, or a name like it."""
+    holder = next((table for table, kind in known.items() if name in keys(kind)), None)
+    if holder:
+        return f"{name} belongs in [{holder}]"
+    return near(name, [*known, "description", "extends"]) or f"there is: {', '.join(sorted(known))}"
+
+
+def _resolved(source: str, document: Document) -> str:
+    """`source` with its path made absolute: "~" is the user's home, the rest is beside the file that says it."""
+    kind, _, path = source.partition(":")
+    if kind not in ("tar", "dir"):
+        return source
+    if path == "~" or path.startswith("~/"):
+        path = document.home + path[1:]
+    beside = os.path.dirname(document.at("root").child("from").file)
+    return f"{kind}:{os.path.normpath(os.path.join(beside, path))}"
+
+
+def _check_root(root: Root, at: At) -> None:
+    kind, colon, rest = root.source.partition(":")
+    says = at.child("from")
+    if kind == "oci":
+        raise says.error("oci: is not there yet", hint=f"one of {', '.join(_SOURCES)}")
+    if root.source != "host" and (kind not in ("debian", "tar", "dir") or not colon):
+        raise says.error(f"no such source: {show(root.source)}", hint=f"one of {', '.join(_SOURCES)}")
+    if kind == "debian" and not _SUITE.fullmatch(rest):
+        raise says.error(f"no name of a suite: {show(rest)}", hint='"debian:bookworm"')
+    if kind in ("tar", "dir") and (not rest or (rest.startswith("~") and rest[1:2] not in ("", "/"))):
+        raise says.error(f"no path: {show(rest)}", hint=f'"{kind}:./path", "{kind}:~/path" or "{kind}:/path"')
+    for i, name in enumerate(root.packages):
+        if not _PACKAGE.fullmatch(name):
+            raise at.child("packages").item(i).error(f"no name of a package: {show(name)}")
+
+
+def _check_build(build: Build, at: At) -> None:
+    for i, path in enumerate(build.inputs):
+        if not path or path.startswith(("/", "~")) or ".." in path.split("/"):
+            raise at.child("inputs").item(i).error(f"must be a path beneath the project, not {show(path)}")
+    for i, command in enumerate(build.run):
+        if not command.strip():
+            raise at.child("run").item(i).error("is empty")
+
+
+def _check_user(user: User, at: At) -> None:
+    for given, other in (("uid_map", "gid_map"), ("gid_map", "uid_map")):
+        if getattr(user, given) and not getattr(user, other):
+            raise at.child(other).error(f"is required where there is a {given}")
+        _check_map(getattr(user, given), at.child(given))
+
+
+def _check_map(rows: tuple[tuple[int, int, int], ...], at: At) -> None:
+    if len(rows) > _ROWS_MAX:
+        raise at.error(f"more than {_ROWS_MAX} rows")
+    for i, (inside, outside, count) in enumerate(rows):
+        if min(inside, outside) < 0 or count < 1 or max(inside, outside) + count > _ID_MAX:
+            raise at.item(i).error(f"no range of ids: [{inside}, {outside}, {count}]")
+    for side, column in (("inside", 0), ("outside", 1)):
+        ranges = sorted((row[column], row[column] + row[2], i) for i, row in enumerate(rows))
+        for (_, end, first), (start, _, second) in pairwise(ranges):
+            if start < end:
+                raise at.error(f"rows {first} and {second} overlap {side}, at id {start}")
+
+
+def _check_namespaces(namespaces: Namespaces, at: At) -> None:
+    hostname = namespaces.uts.hostname if namespaces.uts else None
+    if hostname is not None and not (len(hostname) <= _HOSTNAME_MAX and _HOSTNAME.fullmatch(hostname)):
+        hint = "letters, digits and hyphens, in parts joined by dots"
+        raise at.child("uts").child("hostname").error(f"no host name: {show(hostname)}", hint=hint)
+
+
+def _check_env(env: Env, at: At) -> None:
+    for name, value in env.set.items():
+        variable = at.child("set").child(name)
+        _check_variable(name, variable)
+        if len(f"{name}={value}".encode()) >= _VARIABLE_MAX:
+            raise variable.error(f"longer than {_VARIABLE_MAX >> 10} KiB, which no program can be given")
+    for i, name in enumerate(env.passed):
+        _check_variable(name, at.child("pass").item(i))
+
+
+def _check_variable(name: str, at: At) -> None:
+    if not _VARIABLE.fullmatch(name):
+        raise at.error(f"no name of a variable: {show(name)}")
+
+
+def _check_shell(shell: Shell, at: At) -> None:
+    program = shell.program
+    if not program or ("/" in program and not program.startswith("/")):
+        raise at.child("program").error(f'must be "auto", a name or an absolute path, not {show(program)}')

@@ -1,0 +1,310 @@
+"""cli: the typer app. Arguments, printing, the one `except DevnsError`, exit codes. It decides nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from devns import __version__, console, plugins
+from devns.errors import DevnsError
+from devns.host import Host
+from devns.workflow import Bench, Options
+
+app = typer.Typer(
+    help="Rootless development environments from nothing but Python and a kernel.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+templates = typer.Typer(help="The templates there are.", no_args_is_help=True)
+plugin_app = typer.Typer(help="The plugins there are, and which of them may act.", no_args_is_help=True)
+app.add_typer(templates, name="template")
+app.add_typer(plugin_app, name="plugin")
+
+Env = Annotated[str | None, typer.Argument(metavar="[ENV]", help="A template's name; else the project's .devns.toml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Root = Annotated[bool, typer.Option("--root", help="Be root inside, to install packages.")]
+Map = Annotated[Literal["auto", "single", "range"] | None, typer.Option("--map", help="How ids are mapped.")]
+Set = Annotated[list[str] | None, typer.Option("-e", "--env", metavar="NAME[=VALUE]", help="Set or pass a variable.")]
+Cwd = Annotated[str | None, typer.Option("-w", "--workdir", metavar="PATH", help="Where to start, inside.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print each step as it runs.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line. What stands after the first `--` is a command for inside and is not looked at here."""
+    head = sys.argv[1:] if arguments is None else arguments
+    command: list[str] = []
+    if "--" in head:
+        at = head.index("--")
+        head, command = head[:at], head[at + 1 :]
+    try:
+        app(head, prog_name="devns", obj=command)
+    except DevnsError as error:
+        console.show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `devns list | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    sys.exit(0)
+
+
+@contextmanager
+def _bench(*, verbose: bool = False, as_json: bool = False) -> Iterator[Bench]:
+    host = Host.probe()
+    host.refuse_setuid()
+    with console.progress(as_json=as_json) as progress:
+        yield Bench(host, plugins.load(host), progress, console.tell, console.tell if verbose else None)
+
+
+def _options(root: bool, map: Any, env: list[str] | None, cwd: str | None) -> Options:
+    pairs = {}
+    for item in env or ():
+        name, equals, value = item.partition("=")
+        if equals or name in os.environ:
+            pairs[name] = value if equals else os.environ[name]
+    return Options(root, map, pairs, cwd)
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def shell(
+    env: Env = None, root: Root = False, map: Map = None, set: Set = None, workdir: Cwd = None, verbose: Verbose = False
+) -> None:
+    """Open a shell in an environment, built the first time."""
+    from devns.verbs.shell import shell
+
+    with _bench(verbose=verbose) as bench:
+        status = shell(env, bench, _options(root, map, set, workdir))
+    raise typer.Exit(status)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    env: Env = None,
+    root: Root = False,
+    map: Map = None,
+    set: Set = None,
+    workdir: Cwd = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run one command in an environment: devns run [ENV] -- CMD. Its exit status is yours."""
+    from devns.verbs.run import run
+
+    if not context.obj:
+        raise DevnsError("run: no command", hint="devns run [ENV] -- CMD: the command stands after two dashes")
+    with _bench(verbose=verbose) as bench:
+        status = run(env, context.obj, bench, _options(root, map, set, workdir))
+    raise typer.Exit(status)
+
+
+@app.command()
+def build(env: Env = None, map: Map = None, json: Json = False, verbose: Verbose = False) -> None:
+    """Build what an environment needs, without entering it."""
+    from devns.verbs.build import build
+
+    with _bench(verbose=verbose, as_json=json) as bench:
+        environment = build(env, bench, Options(map=map))
+    if json:
+        console.show_json({"name": environment.name, "layers": environment.layers})
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    env: Env = None,
+    root: Root = False,
+    map: Map = None,
+    set: Set = None,
+    workdir: Cwd = None,
+    json: Json = False,
+) -> None:
+    """Show what would be done: devns plan [ENV] [-- CMD]. With --json exactly the document that is launched."""
+    from devns.plan import describe
+    from devns.verbs.plan import plan
+
+    with _bench() as bench:
+        document = plan(env, context.obj, bench, _options(root, map, set, workdir))
+    if json:
+        console.show_json(document)
+    else:
+        console.show_table(("what", "how"), describe(document))
+
+
+@app.command()
+def check(json: Json = False) -> None:
+    """Try what this machine can do, and say what mends the rest."""
+    from devns.verbs.check import check
+
+    with _bench() as bench:
+        facts = check(bench)
+    if json:
+        console.show_json([{"id": f.id, "works": f.works, "detail": f.detail, "remedy": f.remedy} for f in facts])
+    else:
+        rows = [(fact.id, "works" if fact.works else "missing", fact.detail) for fact in facts]
+        console.show_table(("what", "state", "detail"), rows)
+        for fact in facts:
+            if fact.remedy and not fact.works:
+                console.say(f"\n{fact.id}: {fact.detail}\n  {fact.remedy}")
+    raise typer.Exit(125 if any(fact.id in ("userns", "mount") and not fact.works for fact in facts) else 0)
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """List the environments there are."""
+    from devns.verbs.listing import listing
+
+    with _bench() as bench:
+        found = listing(bench)
+    if json:
+        console.show_json(found)
+    else:
+        rows = [(row["name"], row["template"], row["state"], row["project"] or "") for row in found]
+        console.show_table(("name", "template", "state", "project"), rows)
+
+
+@app.command()
+def info(env: Env = None, json: Json = False) -> None:
+    """Show one environment: its template, layers, places and state."""
+    from devns.verbs.info import info
+
+    with _bench() as bench:
+        found = info(env, bench)
+    if json:
+        console.show_json(found)
+    else:
+        console.show_table(("what", "value"), [(key, _plain(value)) for key, value in found.items()])
+
+
+@app.command()
+def remove(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> None:
+    """Remove environments, with all that was written in them."""
+    from devns.verbs.remove import remove
+
+    with _bench() as bench:
+        for name in names:
+            remove(name, bench)
+
+
+# --- projects ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(template: Annotated[str, typer.Argument(help="The template to extend.")] = "py311") -> None:
+    """Write the smallest useful .devns.toml in the working directory."""
+    from devns.verbs.init import init
+
+    with _bench() as bench:
+        console.say(init(template, bench))
+
+
+@app.command()
+def trust(
+    sha256: Annotated[str | None, typer.Option("--sha256", help="Trust only if this is the digest shown.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show what the file asks for, and trust nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what the project's file asks for, and let it act. It is bound to the file's bytes."""
+    from devns.verbs.trust import trust
+
+    with _bench() as bench:
+        report = trust(bench, expect=sha256, record=not show)
+    if json:
+        console.show_json(report)
+        return
+    for grant in report["grants"]:
+        console.say(f"{grant['change']} {grant['key']} = {grant['value']}")
+    console.say(f"{report['path']}: {'trusted' if report['trusted'] else 'not trusted'} (sha256 {report['sha256']})")
+
+
+@app.command()
+def untrust() -> None:
+    """Take the trust in the project's file back."""
+    from devns.verbs.trust import untrust
+
+    with _bench() as bench:
+        console.say(f"{untrust(bench)}: not trusted")
+
+
+# --- templates and plugins --------------------------------------------------------------------------------------------
+
+
+@templates.command("list")
+def template_list(json: Json = False) -> None:
+    """List the templates: yours before the bundled ones."""
+    from devns.template import list_templates
+
+    with _bench() as bench:
+        found = list_templates(bench.host)
+    if json:
+        console.show_json([{"name": t.name, "description": t.description, "where": t.where} for t in found])
+    else:
+        console.show_table(("name", "where", "description"), [(t.name, t.where, t.description) for t in found])
+
+
+@templates.command("show")
+def template_show(name: str) -> None:
+    """Print a template's file."""
+    from devns.template import load
+
+    with _bench() as bench:
+        console.say(load(name, bench.host, claims=bench.hooks.claims()).files[0].data.decode(errors="replace").rstrip())
+
+
+@plugin_app.command("list")
+def plugin_list(json: Json = False) -> None:
+    """List the plugins: bundled, enabled, off, refused."""
+    with _bench() as bench:
+        found = plugins.installed(bench.host)
+    if json:
+        console.show_json([{"name": p.name, "state": p.state, "module": p.module, "reason": p.reason} for p in found])
+    else:
+        rows = [(p.name, p.state, f"{p.dist} {p.version}", p.reason or "") for p in found]
+        console.show_table(("name", "state", "from", "reason"), rows)
+
+
+@plugin_app.command("enable")
+def plugin_enable(name: str) -> None:
+    """Let an installed plugin act, as it is now."""
+    with _bench() as bench:
+        enabled = plugins.enable(name, bench.host)
+    console.say(f"{enabled.name}: enabled, {enabled.dist} {enabled.version}")
+
+
+@plugin_app.command("disable")
+def plugin_disable(name: str) -> None:
+    """Take that back."""
+    with _bench() as bench:
+        plugins.disable(name, bench.host)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"devns {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+

@@ -1,0 +1,334 @@
+"""Packages files: which package is where, kept as bytes; a paragraph is read when somebody asks for it.
+
+A suite's main has 50 MB and 63,000 paragraphs, and an environment touches a few hundred of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from devns.debian import version
+from devns.debian.errors import Untrusted
+
+if TYPE_CHECKING:
+    from devns.debian.mirrors import Archive
+
+PARAGRAPH_MAX = 1 << 20
+_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,127}")
+_FILENAME = re.compile(r"(?!(?:.*/)?\.\.?/)[A-Za-z0-9][A-Za-z0-9._+~:@%=,-]*(?:/[A-Za-z0-9._+~:@%=,-]+)*\.deb")
+_RELATION = re.compile(
+    r"([a-z0-9][a-z0-9+.-]*)(?::([a-z0-9-]+))?(?:\s*\(\s*(<<|<=|=|>=|>>|<|>)\s*([^\s()]+)\s*\))?"
+)
+_FIELD = re.compile(r"([A-Za-z][A-Za-z0-9-]*):[ \t]*(.*)")
+_PRIORITIES = {"required": 1, "important": 2, "standard": 3, "optional": 4, "extra": 5}
+
+# The order in which apt meets the names of a paragraph, see `Index.mentioned`.
+_MENTIONS = ("Pre-Depends", "Depends", "Conflicts", "Breaks", "Recommends", "Suggests", "Replaces", "Enhances", "Provides")
+
+
+@dataclass(frozen=True)
+class Package:
+    """One .deb of an archive: all that is needed to fetch it, to trust it and to record it."""
+
+    name: str
+    version: str
+    architecture: str  # the machine's, or "all"
+    filename: str  # beneath the archive's root
+    size: int  # bytes
+    sha256: str
+    essential: bool
+    multi_arch: str  # "no", "same", "foreign" or "allowed"
+    priority: str
+    archive: Archive = "main"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One alternative of a dependency: "python3:any (>= 3.11)"."""
+
+    name: str
+    architecture: str | None = None
+    relation: str | None = None
+    version: str | None = None
+
+    def __str__(self) -> str:
+        qualifier = f":{self.architecture}" if self.architecture else ""
+        return f"{self.name}{qualifier}" + (f" ({self.relation} {self.version})" if self.relation else "")
+
+
+Group = tuple[Relation, ...]  # alternatives, the preferred one first
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """What the resolver knows of one version of a package."""
+
+    package: Package
+    important: bool  # Important: yes or Protected: yes
+    depends: tuple[Group, ...]  # Pre-Depends and Depends, as apt orders them
+    conflicts: tuple[Relation, ...]  # Conflicts and Breaks
+    provides: tuple[Relation, ...]
+    rank: int = field(compare=False, default=0)  # of the priority, 1 is highest
+
+
+@dataclass(frozen=True)
+class Packages:
+    """One Packages file and where in it each name stands."""
+
+    suite: str
+    archive: Archive
+    data: bytes
+    offsets: Mapping[str, Sequence[int]]
+
+
+def decompress(data: bytes, packing: str, size: int) -> bytes:
+    """At most `size` bytes from `data` ("" plain, ".gz", ".xz"). Untrusted unless it is exactly that much."""
+    try:
+        if packing == ".xz":
+            unpacked = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=128 << 20).decompress(data, size + 1)
+        elif packing == ".gz":
+            unpacked = zlib.decompressobj(31).decompress(data, size + 1)
+        else:
+            unpacked = data
+    except (lzma.LZMAError, zlib.error) as error:
+        raise Untrusted(f"Packages{packing}: damaged: {error}") from error
+    if len(unpacked) != size:
+        raise Untrusted(f"Packages{packing}: {'more' if len(unpacked) > size else 'less'} than the {size} bytes promised")
+    return unpacked
+
+
+def scan(data: bytes, *, suite: str, archive: Archive) -> Packages:
+    """Where every paragraph begins. The name is each one's first field, as Debian writes it; else Untrusted."""
+    offsets: dict[str, list[int]] = {}
+    start, count, find = 0, 0, data.find
+    while start < len(data):
+        end = find(b"\n", start)
+        if data[start : start + 9] != b"Package: " or end < 0:
+            raise Untrusted(f"{suite}: Packages: a paragraph that doesn't begin with its name at byte {start}")
+        offsets.setdefault(data[start + 9 : end].decode("ascii", "replace"), []).append(start)
+        count += 1
+        stop = find(b"\n\n", end)
+        start = stop + 2 if stop >= 0 else len(data)
+    if data.count(b"\nPackage:") != max(count - 1, 0):
+        raise Untrusted(f"{suite}: Packages: a paragraph with two names")
+    return Packages(suite, archive, data, offsets)
+
+
+class Index:
+    """Several Packages files as one: of each package the newest version, which is apt's candidate."""
+
+    def __init__(self, files: Sequence[Packages], architecture: str) -> None:
+        self.files = tuple(files)
+        self.architecture = architecture
+        self._candidates: dict[str, Paragraph | None] = {}
+        self._providers = _names_provided(self.files)
+        self._mentioned: dict[str, tuple[int, ...]] = {}
+
+    def candidate(self, name: str) -> Paragraph | None:
+        """The version of `name` that would be installed, or None where no package has that name."""
+        try:
+            return self._candidates[name]
+        except KeyError:
+            found = self._candidates[name] = self._newest(name)
+            return found
+
+    def providers(self, name: str) -> list[tuple[Paragraph, str | None]]:
+        """Who provides the virtual `name`, and in which version if the provider says one."""
+        found = []
+        for provider in self._providers.get(name, ()):
+            paragraph = self.candidate(provider)  # an older version may have provided it and the candidate does not
+            for provided in paragraph.provides if paragraph else ():
+                if provided.name == name and paragraph is not None:
+                    found.append((paragraph, provided.version))
+        return found
+
+    def essential(self) -> tuple[str, ...]:
+        """The names of all packages that are Essential, in the order of the files."""
+        names = [
+            name
+            for packages in self.files
+            for at in _everywhere(packages.data, b"\nEssential: yes\n")
+            for name in [_name_at(packages.data, at)]
+        ]
+        return tuple(name for name in dict.fromkeys(names) if (p := self.candidate(name)) and p.package.essential)
+
+    def near(self, name: str) -> list[str]:
+        """Up to three names like `name`, for the one who misspelt it."""
+        known = sorted({known for packages in self.files for known in packages.offsets if known[:1] == name[:1]})
+        return difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+
+    def mentioned(self, name: str) -> tuple[int, ...]:
+        """Where `name` is first mentioned as a package: a value to be compared.
+
+        When nothing else tells two providers apart, apt takes the one whose name entered its cache last; names enter
+        it when they are first mentioned, be it in another package's Suggests.
+        """
+        if name not in self._mentioned:
+            self._mentioned[name] = next(
+                (
+                    (number, start, *within)
+                    for number, packages in enumerate(self.files)
+                    for start, within in _mentions(packages.data, name)
+                ),
+                (len(self.files),),
+            )
+        return self._mentioned[name]
+
+    def _newest(self, name: str) -> Paragraph | None:
+        best: Paragraph | None = None
+        for packages in self.files:
+            for start in packages.offsets.get(name, ()):
+                found = parse(packages, start, self.architecture)
+                order = 1 if best is None else version.compare(found.package.version, best.package.version)
+                if best is not None and order == 0 and not _same(found.package, best.package):
+                    raise Untrusted(
+                        f"{packages.suite}: {name} {found.package.version} is there twice, with different contents",
+                        hint="the mirror is broken, or of two different times",
+                    )
+                if order > 0:
+                    best = found
+        return best
+
+
+def parse(packages: Packages, start: int, architecture: str) -> Paragraph:
+    """The paragraph that begins at `start`. Untrusted where it says something that can't be."""
+    stop = packages.data.find(b"\n\n", start, start + PARAGRAPH_MAX)
+    if stop < 0 and len(packages.data) - start > PARAGRAPH_MAX:
+        raise Untrusted(f"{packages.suite}: Packages: a paragraph of more than {PARAGRAPH_MAX} bytes at byte {start}")
+    raw = packages.data[start : stop if stop >= 0 else len(packages.data)]
+    fields = _fields(raw, f"{packages.suite}: Packages")
+    name = fields["Package"]
+    where = f"{packages.suite}: {name}"
+
+    def need(key: str, grammar: str | re.Pattern[str]) -> str:
+        value = fields.get(key, "")
+        if len(value) > 1024 or re.fullmatch(grammar, value) is None:
+            raise Untrusted(f"{where}: {key}: {value[:120]!r} is none")
+        return value
+
+    need("Package", _NAME)
+    if not version.is_version(fields.get("Version", "")):
+        raise Untrusted(f"{where}: Version: {fields.get('Version', '')[:120]!r} is none")
+    if fields.get("Architecture") not in (architecture, "all"):
+        raise Untrusted(f"{where}: it is for {fields.get('Architecture')!r}, in the index of {architecture}")
+    priority = fields.get("Priority", "")
+    package = Package(
+        name=name,
+        version=fields["Version"],
+        architecture=fields["Architecture"],
+        filename=need("Filename", _FILENAME),
+        size=int(need("Size", r"[0-9]{1,13}")),
+        sha256=need("SHA256", r"[0-9a-f]{64}"),
+        essential=fields.get("Essential") == "yes",
+        multi_arch=fields.get("Multi-Arch", "no"),
+        priority=priority,
+        archive=packages.archive,
+    )
+    depends = [*relations(fields.get("Pre-Depends", ""), where), *relations(fields.get("Depends", ""), where)]
+    conflicts = [*relations(fields.get("Conflicts", ""), where), *relations(fields.get("Breaks", ""), where)]
+    return Paragraph(
+        package,
+        important="yes" in (fields.get("Important"), fields.get("Protected")),
+        depends=tuple(depends),
+        conflicts=tuple(relation for group in conflicts for relation in group),
+        provides=tuple(relation for group in relations(fields.get("Provides", ""), where) for relation in group),
+        rank=_PRIORITIES.get(priority, 5 if priority else 0),
+    )
+
+
+def relations(text: str, where: str) -> tuple[Group, ...]:
+    """A relationship field: groups separated by commas, alternatives by bars. deb-control(5)"""
+    groups = (part.strip() for part in text.split(","))
+    return tuple(tuple(_relation(part.strip(), where) for part in group.split("|")) for group in groups if group)
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _relation(text: str, where: str) -> Relation:
+    match = _RELATION.fullmatch(text)
+    if match is None or (match[4] and not version.is_version(match[4])):
+        raise Untrusted(f"{where}: not a relation to a package: {text[:120]!r}")
+    return Relation(*match.groups())
+
+
+def _fields(raw: bytes, where: str) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    key = ""
+    for line in raw.decode("utf-8", "replace").rstrip("\n").split("\n"):
+        if line[:1] in (" ", "\t") and key:
+            fields[key] += " " + line.strip()
+            continue
+        match = _FIELD.fullmatch(line)
+        if match is None or match[1] in fields:
+            raise Untrusted(f"{where}: not a field, or one said twice: {line[:120]!r}")
+        key = match[1]
+        fields[key] = match[2].strip()
+    return fields
+
+
+def _same(a: Package, b: Package) -> bool:
+    return (a.sha256, a.size, a.architecture) == (b.sha256, b.size, b.architecture)
+
+
+def _everywhere(data: bytes, what: bytes) -> Iterator[int]:
+    at = data.find(what)
+    while at >= 0:
+        yield at
+        at = data.find(what, at + 1)
+
+
+def _start(data: bytes, at: int) -> int:
+    """Where the paragraph begins that holds byte `at`."""
+    return data.rfind(b"\n\n", 0, at) + 2 if data.rfind(b"\n\n", 0, at) >= 0 else 0
+
+
+def _name_at(data: bytes, at: int) -> str:
+    start = _start(data, at)
+    return data[start + 9 : data.find(b"\n", start)].decode("ascii", "replace")
+
+
+def _names_provided(files: Sequence[Packages]) -> dict[str, list[str]]:
+    """Virtual name -> the names of packages with some version that provides it, in the order of the files."""
+    provided: dict[str, dict[str, None]] = {}
+    for packages in files:
+        data = packages.data
+        for at in _everywhere(data, b"\nProvides: "):
+            line = data[at + 11 : data.find(b"\n", at + 1)].decode("ascii", "replace")
+            provider = _name_at(data, at)
+            for part in line.split(","):
+                provided.setdefault(part.split("(")[0].strip(), {})[provider] = None
+    return {name: list(providers) for name, providers in provided.items()}
+
+
+def _mentions(data: bytes, name: str) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(start of the paragraph, (field, place in it)) of the first paragraph that mentions `name`, if there is one."""
+    word = name.encode()
+    for at in _everywhere(data, word):
+        line = data.rfind(b"\n", 0, at) + 1
+        if data[line:at].split(b":")[0].decode("ascii", "replace") not in (*_MENTIONS, "Package"):
+            continue
+        start = _start(data, at)
+        stop = data.find(b"\n\n", at)
+        text = data[start : stop if stop >= 0 else len(data)].decode("ascii", "replace")
+        places = _places(text, name)
+        if places:
+            yield start, min(places)
+            return
+
+
+def _places(text: str, name: str) -> list[tuple[int, int]]:
+    places = [(-1, 0)] if text.startswith(f"Package: {name}\n") else []
+    for number, key in enumerate(_MENTIONS):
+        if match := re.search(rf"(?m)^{key}: (.*)$", text):
+            # "name:any" is another name in apt's cache.
+            word = re.search(rf"(?<![A-Za-z0-9+.:-]){re.escape(name)}(?![A-Za-z0-9+.:-])", re.sub(r"\([^)]*\)", "", match[1]))
+            if word:
+                places.append((number, word.start()))
+    return places

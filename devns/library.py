@@ -1,0 +1,213 @@
+"""library: environments for programs. Everything a verb does is a call here; `run` returns as subprocess.run does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import IO, Any, Literal, TypeVar
+
+from devns import plugins, spaces, store, workflow
+from devns.host import Host
+from devns.launch import Plan, started
+from devns.progress import Progress, Silent
+from devns.workflow import Bench, Options
+
+Value = TypeVar("Value")
+
+
+def open(
+    name: str | None = None,
+    *,
+    directory: str | os.PathLike[str] | None = None,
+    root: bool = False,
+    map: Literal["auto", "single", "range"] | None = None,
+    progress: Progress | None = None,
+) -> Environment:
+    """The environment of a named template; with None that of the project above `directory` (the working directory).
+
+    `root` enters it as uid 0. Nothing is built or started yet. Raises TemplateError for a bad or untrusted template.
+    """
+    host = Host.probe()
+    if directory is not None:
+        host = replace(host, cwd=os.path.abspath(directory))
+    bench = Bench(host, plugins.load(host), progress or Silent())
+    return Environment(name, bench, Options(root=root, map=map))
+
+
+class Environment:
+    """One environment; made by `devns.open`."""
+
+    def __init__(self, name: str | None, bench: Bench, options: Options) -> None:
+        self._bench = bench
+        self._options = options
+        self._spec = workflow.understand(name, bench, options)
+
+    @property
+    def name(self) -> str:
+        """Its name in the store."""
+        return self._spec.name
+
+    def plan(self, argv: Sequence[str] = ()) -> Plan:
+        """The JSON document that running `argv` would launch. Nothing is built for it."""
+        return workflow.plan(self._spec, self._bench, argv, self._options)
+
+    def build(self) -> None:
+        """Build its layers where they are missing: the first time of a distribution's root that takes a while."""
+        workflow.prepare(self._spec, self._bench)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        input: str | bytes | None = None,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        capture_output: bool = False,
+        text: bool = False,
+        timeout: float | None = None,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command inside and return a CompletedProcess; the arguments mean what they mean to subprocess.run.
+
+        `env` adds to the environment's own variables. `returncode` is 128+n where signal n ended the command. A
+        command that cannot be started raises StepError. `timeout` in seconds; then all that ran inside has ended.
+        """
+        if capture_output:
+            stdout = stderr = subprocess.PIPE
+        options = Options(self._options.root, self._options.map, dict(env or {}), cwd)
+        environment = workflow.prepare(self._spec, self._bench)
+        plan = workflow.plan(workflow.adjusted(self._spec, options), self._bench, argv, options)
+        with environment.lease(), _Pipes(input, stdin, stdout, stderr, text) as pipes:
+            with started(plan, stdio=pipes.inside, **workflow.run_options(self._bench)) as running:
+                pipes.begin()
+                timer = _Timer(timeout, running.end)
+                with timer:
+                    status = running.wait(forward=False)
+            out, err = pipes.finish()
+        if timer.expired:
+            raise subprocess.TimeoutExpired(list(argv), timeout or 0, output=out, stderr=err)
+        if check and status:
+            raise subprocess.CalledProcessError(status, list(argv), output=out, stderr=err)
+        return subprocess.CompletedProcess(list(argv), status, out, err)
+
+    def call(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+        """Run a Python function of this program inside and return its value; see `Namespaces.call` for what can travel.
+
+        It runs in this interpreter, forked: the root file system is the environment's, the modules are those
+        imported already.
+        """
+        environment = workflow.prepare(self._spec, self._bench)
+        with environment.lease():
+            return spaces.run_call(self.plan(), function, args, kwargs, self._bench.host)
+
+    def remove(self) -> None:
+        """Remove what was written in it, its home included. The layers stay for others."""
+        store.Store.open(self._bench.host.store).remove(self.name)
+
+
+class _Timer:
+    """Calls `end` after `timeout` seconds, unless the context was left before."""
+
+    def __init__(self, timeout: float | None, end: Callable[[], None]) -> None:
+        self.expired = False
+        self._end = end
+        self._timer = None if timeout is None else threading.Timer(timeout, self._expire)
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._end()
+
+    def __enter__(self) -> None:
+        if self._timer:
+            self._timer.daemon = True
+            self._timer.start()
+
+    def __exit__(self, *reason: object) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+
+class _Pipes:
+    """The payload's standard streams, as subprocess.run would make them, and the threads that feed and drain them."""
+
+    def __init__(
+        self,
+        input: str | bytes | None,
+        stdin: int | IO[Any] | None,
+        stdout: int | IO[Any] | None,
+        stderr: int | IO[Any] | None,
+        text: bool,
+    ) -> None:
+        self._input = input.encode() if isinstance(input, str) else input
+        self._asked = (subprocess.PIPE if input is not None else stdin, stdout, stderr)
+        self._text = text or isinstance(input, str)
+        self._close_at_begin: list[int] = []
+        self._threads: list[threading.Thread] = []
+        self._ours: dict[int, int] = {}
+        self._said: dict[int, bytes] = {}
+
+    def __enter__(self) -> _Pipes:
+        self.inside = [self._open(number, asked) for number, asked in enumerate(self._asked)]
+        return self
+
+    def _open(self, number: int, asked: int | IO[Any] | None) -> int:
+        if asked is None:
+            return number
+        if asked == subprocess.DEVNULL:
+            fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        elif asked == subprocess.STDOUT:
+            return self.inside_stdout
+        elif asked == subprocess.PIPE:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            fd, self._ours[number] = (read, write) if number == 0 else (write, read)
+        else:
+            return asked if isinstance(asked, int) else asked.fileno()
+        self._close_at_begin.append(fd)
+        self.inside_stdout = fd
+        return fd
+
+    inside_stdout = 1
+
+    def begin(self) -> None:
+        """The payload has its ends: close them here, and start to feed and to drain. After the fork, never before."""
+        for fd in self._close_at_begin:
+            os.close(fd)
+        self._close_at_begin.clear()
+        for number, fd in self._ours.items():
+            target = self._feed if number == 0 else self._drain
+            thread = threading.Thread(target=target, args=(number, fd), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _feed(self, number: int, fd: int) -> None:
+        with os.fdopen(fd, "wb") as pipe:
+            try:
+                pipe.write(self._input or b"")
+            except BrokenPipeError:
+                return
+
+    def _drain(self, number: int, fd: int) -> None:
+        with os.fdopen(fd, "rb") as pipe:
+            self._said[number] = pipe.read()
+
+    def finish(self) -> tuple[Any, Any]:
+        for thread in self._threads:
+            thread.join()
+        self._ours.clear()
+        out, err = self._said.get(1), self._said.get(2)
+        if self._text:
+            return (None if out is None else out.decode()), (None if err is None else err.decode())
+        return out, err
+
+    def __exit__(self, *reason: object) -> None:
+        for fd in self._close_at_begin:
+            os.close(fd)
+        if not self._threads:
+            for fd in self._ours.values():
+                os.close(fd)

@@ -1,0 +1,32 @@
+"""`dir:PATH`: a root file system that stands in a directory already, used beneath the environment's own writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devns.errors import TemplateError
+
+if TYPE_CHECKING:
+    from devns.host import Host
+    from devns.progress import Progress
+    from devns.spec import Spec
+
+
+def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
+    if spec.root.packages:
+        raise TemplateError(
+            "root.packages: a dir: root is used as it stands, nothing is installed in it",
+            hint="devns run --root -- apt-get install ..., or from = \"debian:bookworm\"",
+        )
+    return []
+
+
+def directories(spec: Spec, host: Host) -> list[str]:
+    path = spec.root.source.removeprefix("dir:")
+    if host.kind(path) != "directory":
+        raise TemplateError(f"root.from: {path}: no such directory")
+    return [path]
+
+
+def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+    raise AssertionError("a directory is used where it stands")

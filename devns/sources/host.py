@@ -1,0 +1,22 @@
+"""`host`: the host's own programs, read-only. Nothing to fetch and nothing to make; the steps are in base.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from devns.host import Host
+    from devns.progress import Progress
+    from devns.spec import Spec
+
+
+def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
+    return []
+
+
+def directories(spec: Spec, host: Host) -> list[str]:
+    return []
+
+
+def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+    raise AssertionError("the host's root is never made")

@@ -1,0 +1,12 @@
+"""build: make what an environment needs, without entering it."""
+
+from __future__ import annotations
+
+from devns import workflow
+from devns.store import Environment
+from devns.workflow import Bench, Options
+
+
+def build(name: str | None, bench: Bench, options: Options = Options()) -> Environment:
+    """Build the layers of `name` where they are missing, and return the environment that stands on them."""
+    return workflow.prepare(workflow.understand(name, bench, options), bench)

@@ -1,0 +1,109 @@
+"""workflow: the stages that verbs are made of: understand a template, prepare its layers, plan, enter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from devns import build, diagnose, template, trust
+from devns.errors import Unsupported
+from devns.launch import Explain
+from devns.plan import Plan, Problem, make_plan
+from devns.progress import Progress, Silent
+from devns.spec import Spec, make_spec
+from devns.store import Environment, Store
+
+if TYPE_CHECKING:
+    from devns.host import Host
+    from devns.plugins import Hooks
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one call asks for beyond its template."""
+
+    root: bool = False
+    map: Literal["auto", "single", "range"] | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every verb works with: this machine, its plugins, and where to say what happens."""
+
+    host: Host
+    hooks: Hooks
+    progress: Progress = Silent()
+    note: Callable[[str], None] = lambda text: None
+    trace: Callable[[str], None] | None = None  # told of each step as it runs, where somebody wants to know
+
+
+def understand(name: str | None, bench: Bench, options: Options = Options()) -> Spec:
+    """The Spec of a named template, or with None of the project above the working directory.
+
+    Raises TemplateError for a bad template, and for a project file that asks for more than it is trusted with.
+    """
+    claims = bench.hooks.claims()
+    document = template.load(name, bench.host, claims=claims)
+    trust.require(document, bench.host)
+    return adjusted(make_spec(document, claims), options)
+
+
+def adjusted(spec: Spec, options: Options) -> Spec:
+    """`spec` with what this call asks for instead."""
+    user = spec.user
+    if options.root:
+        user = replace(user, identity="root")
+    if options.map:
+        user = replace(user, map=options.map)
+    env = replace(spec.env, set={**spec.env.set, **options.env})
+    return replace(spec, user=user, env=env)
+
+
+def plan(spec: Spec, bench: Bench, argv: Sequence[str], options: Options = Options()) -> Plan:
+    """The one document that launch runs; nothing is made, fetched or started for it."""
+    made = make_plan(spec, bench.host, bench.hooks.steps(spec, bench.host), argv)
+    return made | ({"cwd": options.cwd} if options.cwd else {})
+
+
+def prepare(spec: Spec, bench: Bench) -> Environment:
+    """All that must be there before the environment can be entered: its layers, built where they are missing."""
+    refuse(bench.hooks.problems(spec, bench.host))
+    store = Store.open(bench.host.store)
+    build.ensure(spec, bench.host, store, bench.progress)
+    record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
+    environment, fresh = store.ensure_environment(spec.name, record)
+    if fresh:
+        bench.note(f"{spec.name}: its template changed: packages and files added by hand stay with the layers before")
+    return environment
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise Unsupported for the first problem that stands in the way."""
+    for problem in problems:
+        if problem.fatal:
+            raise Unsupported(problem.message, hint=problem.remedy)
+
+
+def explain(host: Host) -> Explain:
+    """How launch puts a failed step into words on this host."""
+    return lambda op, errno, path: diagnose.explain(op, errno, path, host)
+
+
+def shell_command(spec: Spec, host: Host) -> list[str]:
+    """The interactive shell: what [shell] says, else the caller's own where the root has it, else bash, else sh."""
+    if spec.shell.program != "auto":
+        return [spec.shell.program]
+    if spec.root.source == "host":
+        own = host.environ.get("SHELL", "")
+        return [own if own.startswith(("/usr/", "/bin/")) and host.kind(own) == "file" else "/bin/sh"]
+    if spec.root.source.startswith("debian:"):
+        return ["/bin/bash"]
+    return ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
+
+
+def run_options(bench: Bench) -> dict[str, Any]:
+    """What `launch.started` is told of this bench."""
+    return {"note": bench.note, "explain": explain(bench.host), "trace": bench.trace, "effects": bench.hooks.packages}
