@@ -94,7 +94,7 @@ def _host_root(spec: Spec, host: Host) -> Iterator[Step]:
         elif host.kind(path) == "directory":
             yield bind(path, path, default=True)
     for path in ("/var/tmp", "/var/lib", "/var/cache", "/var/log", "/root", "/home", "/mnt", "/srv"):
-        yield directory(path)
+        yield directory(path, default=True)
     yield file("/etc/passwd", _passwd(host), optional=True, default=True)
     yield file("/etc/group", _group(host), optional=True, default=True)
     yield file("/etc/nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n", optional=True)
@@ -124,6 +124,7 @@ def _system(spec: Spec, host: Host) -> Iterator[Step]:
     yield bind("/sys/devices/system", "/sys/devices/system", optional=True, default=True)
     yield tmpfs("/tmp", mode=0o1777, default=True)
     yield tmpfs("/run", default=True)
+    yield directory(_home(spec, host), default=True)
     if not spec.user.nested:
         yield no_user_namespaces()
     for name, ceiling in LIMITS.items():
@@ -131,9 +132,8 @@ def _system(spec: Spec, host: Host) -> Iterator[Step]:
 
 
 def _environment(spec: Spec, host: Host) -> Iterator[Step]:
-    root = spec.user.identity == "root"
-    name, home = ("root", "/root") if root else (host.user, host.home)
-    for key, value in (("HOME", home), ("USER", name), ("LOGNAME", name), ("PATH", PATH), ("DEVNS", spec.name)):
+    name = "root" if spec.user.identity == "root" else host.user
+    for key, value in (("HOME", _home(spec, host)), ("USER", name), ("LOGNAME", name), ("PATH", PATH), ("DEVNS", spec.name)):
         yield setenv(key, value, default=True)
     passed = [*PASSED, *(key for key in host.environ if key.startswith("LC_"))]
     for key in passed:
@@ -143,3 +143,6 @@ def _environment(spec: Spec, host: Host) -> Iterator[Step]:
     for key, value in {**explicit, **spec.env.set}.items():
         yield setenv(key, value)
 
+
+def _home(spec: Spec, host: Host) -> str:
+    return "/root" if spec.user.identity == "root" else host.home

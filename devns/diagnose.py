@@ -673,7 +673,8 @@ class _Tries:
         if not os.read(entered, 1):
             raise _Failed("unshare", E.EPERM)
         refused = 0
-        for kind, own in (("uid", self.host.uid), ("gid", self.host.gid)):
+        for kind in _KINDS:
+            own = self.host.uid if kind == "uid" else self.host.gid
             first, count = self.host.subordinate(kind) or (0, 0)
             if self.host.uid == 0:
                 with _step("newuidmap"):
@@ -755,8 +756,9 @@ def _space_fact(host: Host, scratch: str) -> Fact:
 
 
 def limits_fact(host: Host) -> Fact:
-    """Whether a cgroup that this process is in is the user's own to divide, of version 2 or 1. cgroups(7)"""
+    """Whether cgroups that this process is in are the user's own to divide, of version 2 or 1. cgroups(7)"""
     groups = [mount for mount in mounts(host) if mount.type in ("cgroup", "cgroup2")]
+    own: list[str] = []
     for line in (host.read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         for mount in groups:
@@ -766,7 +768,11 @@ def limits_fact(host: Host) -> Fact:
                 offered = (host.read(f"{directory}/cgroup.controllers") or "").split()
             elif mount.type == "cgroup2" or not mount.features.issuperset(offered) or controllers.startswith("name="):
                 continue
-            if offered and all(host.access(f"{directory}/{file}", os.W_OK) for file in files):
-                return Fact("limits", True, f"{', '.join(offered)} in {escape(directory)}")
+            if all(host.access(f"{directory}/{file}", os.W_OK) for file in files):
+                own += offered
+    if own:
+        return Fact("limits", True, f"your own cgroup: {', '.join(own)}")
     why = "every cgroup of this process is root's" if groups else "no cgroups are mounted"
-    return Fact("limits", False, why, "systemd-run --user --scope -p Delegate=yes $SHELL" if groups else None)
+    remedy = "systemd-run --user --scope -p Delegate=yes $SHELL"  # version 1 has nothing like it
+    offers = [mount for mount in groups if (host.read(f"{mount.point}/cgroup.controllers") or "").strip()]
+    return Fact("limits", False, why, remedy if offers else None)

@@ -72,7 +72,7 @@ class Hooks:
     @property
     def packages(self) -> frozenset[str]:
         """The packages whose effects may run: those of the plugins that act."""
-        return frozenset(_package(self._manager.get_plugin(name)) for name in self.names)
+        return frozenset(_package(self._manager.get_plugin(name)) for name in self.names) - {"devns"}
 
     def claims(self) -> dict[str, type]:
         """The tables that plugins own: their name in TOML, and the frozen dataclass that describes each."""
@@ -108,12 +108,6 @@ class Hooks:
                 self._check_step(name, step)
                 steps.append(step)
         return steps
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """The top-level packages whose effects launch may call: those of the plugins that are here."""
-        packages = {_package(self._manager.get_plugin(name)) for name in self.names}
-        return tuple(sorted(packages - {"devns"}))
 
     def _ask(self, hook: str, **arguments: object) -> Iterator[tuple[str, Any]]:
         implementations = {found.plugin_name: found for found in getattr(self._manager.hook, hook).get_hookimpls()}
@@ -341,7 +335,7 @@ def _import(where: str) -> object:
 
 
 def _offers() -> dict[str, list[importlib.metadata.EntryPoint]]:
-    """What installed distributions offer, by name. This reads the metadata of them all, so only where it is asked for."""
+    """What installed distributions offer, by name. It reads the metadata of every one, hence only on request."""
     offers: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
         if _origin(point)[0] != "devns" and point not in offers.setdefault(point.name, []):

@@ -10,7 +10,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from devns.decode import At, decode, join, keys, near, show
+from devns.decode import At, decode, keys, near, show
 
 if TYPE_CHECKING:
     from devns.template import Document
@@ -141,7 +141,7 @@ def make_spec(document: Document, claims: Mapping[str, type]) -> Spec:
     decoded: dict[str, Any] = {}
     description = ""
     for name, data in document.data.items():
-        at = document.at(join("", name))
+        at = document.at(name)
         if name == "description":
             description = decode(_Description, {name: data}, document.at()).description
         elif name in known:

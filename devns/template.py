@@ -67,10 +67,10 @@ class Document:
     own: dict[str, Any]
     home: str  # what "~" means in it
 
-    def at(self, key: str = "") -> At:
-        """Where a top-level key stands, for errors."""
+    def at(self, name: str | None = None) -> At:
+        """Where the top-level key `name` stands, or the document itself: for errors."""
         top = At(self.files[0].path, "", self.origin)
-        return top.child(key) if key else top
+        return top if name is None else top.child(name)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def open_pty_at(devpts: int) -> tuple[int, int]:
 
 
 def imitate(terminal: int, slave: int) -> None:
-    """Give the slave the modes (UTF-8, the erase key, ...) and the size of `terminal`, before the parent makes it raw."""
+    """Give the slave the modes (the erase key, UTF-8, ...) and the size of `terminal`, which isn't raw yet."""
     termios.tcsetattr(slave, termios.TCSANOW, termios.tcgetattr(terminal))
     copy_size(terminal, slave)
 
@@ -79,11 +79,6 @@ def lead_session(slave: int) -> None:
     """Init: a new session, with the slave as its controlling terminal. Keep the slave open, so that the master sees
     no end while the payload happens to have closed it. When the master goes, SIGHUP comes here and only here."""
     os.setsid()
-    make_controlling(slave)
-
-
-def make_controlling(slave: int) -> None:
-    """The leader of a session takes the slave for its controlling terminal."""
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
 

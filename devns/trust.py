@@ -117,8 +117,9 @@ def untrust(path: str, host: Host) -> bool:
     names = [name for name, record in _records(host) if record["path"] in (place, f"{place}/{FILE}")]
     try:
         with _directory(host) as directory:
-            for name in names if directory is not None else ():
-                _unlink(name, directory)
+            if directory is not None:
+                for name in names:
+                    _unlink(name, directory)
     except OSError as problem:
         raise _unwritable(host, problem) from None
     return bool(names)

@@ -1,473 +1,53 @@
-"""unpack: the one writer of strangers' files. Every path is reached from the descriptor of the root, never by name.
-
-A symlink that an archive brings must not lead the entries after it out of the root. So parents are resolved inside
-the root one component at a time, the last component is made anew (O_EXCL) and never followed, and modes, owners and
-times are set on descriptors. What runs here may stand in a namespace whose root is a stranger's: nothing is imported
-late, and no file is reached but by the descriptors given.
-"""
+"""unpack: a tarball, one .deb, or all the .debs of a Debian system at once, beneath a root that is open already."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import select
 import signal
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from devns.archive import LIMITS, ArchiveError, Entry, Limits, Read, Tar, open_tar, show
-from devns.debfile import Control, open_deb, read_architecture
+from devns.archive import LIMITS, ArchiveError, Entry, Limits, open_tar, show
+from devns.debfile import Control, open_deb
 from devns.errors import DevnsError, Unsupported
 from devns.progress import Progress, Silent
+from devns.writer import Directory, Owner, Unpacked, Writer, open_umask, settle, walk
 
-# O_PATH, because a directory need not be readable to be walked through.
-_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_SYMLINKS_MAX = 40  # MAXSYMLINKS, path_resolution(7)
-_KEPT = 32  # descriptors of parent directories
-_TIME_MIN, _TIME_MAX = -(2**31) * 10**9, 2**33 * 10**9  # nanoseconds; beyond, os.utime overflows or file systems wrap
-_COPY = 1 << 20
-
-
-# --- directories by descriptor ----------------------------------------------------------------------------------------
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def walk(root_fd: int, path: bytes, made: Callable[[bytes], None] | None = None) -> int:
-    """An O_PATH descriptor of the directory `path`, resolved as a process whose root is `root_fd` would.
-
-    With `made` what is missing on the way is created, and `made` is told its real path. Raises OSError: ENOENT,
-    ENOTDIR, ELOOP, or EXDEV when a directory was moved while it was walked through.
-    """
-    todo = path.split(b"/")[::-1]  # a stack: a symlink's text is put on top of what is left
-    here = os.open(b".", _DIRECTORY, dir_fd=root_fd)
-    names: list[bytes] = []  # of the directories between the root and here,
-    above: list[tuple[int, int]] = []  # and what ".." must find
-    followed = 0
-    try:
-        while todo:
-            name = todo.pop()
-            if name in (b"", b".") or (name == b".." and not names):
-                continue
-            try:
-                there = os.open(name, _DIRECTORY, dir_fd=here)
-            except FileNotFoundError:
-                if made is None:
-                    raise
-                _make_directory(here, name, 0o755)
-                made(b"/".join([*names, name]))
-                todo.append(name)
-                continue
-            except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                    raise
-                target = _readlink(here, name)
-                followed += 1
-                if followed > _SYMLINKS_MAX:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
-                if target.startswith(b"/"):
-                    there = os.open(b".", _DIRECTORY, dir_fd=root_fd)
-                    names, above = [], []
-                    os.close(here)
-                    here = there
-                todo.extend(reversed(target.split(b"/")))
-                continue
-            if name == b"..":
-                names.pop()
-                expected = above.pop()
-            else:
-                names.append(name)
-                above.append(_identity(here))
-                expected = None
-            os.close(here)
-            here = there
-            if expected and _identity(here) != expected:
-                raise OSError(errno.EXDEV, "a directory was moved meanwhile")
-        return here
-    except BaseException:
-        os.close(here)
-        raise
-
-
-def _readlink(directory: int, name: bytes) -> bytes:
-    try:
-        return os.readlink(name, dir_fd=directory)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # neither a directory nor a symlink
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-        raise
-
-
-def _make_directory(parent: int, name: bytes, mode: int) -> bool:
-    """False when something is there already: another worker may have been faster."""
-    try:
-        os.mkdir(name, mode, dir_fd=parent)
-    except FileExistsError:
-        return False
-    return True
-
-
-class Tree:
-    """A root and the descriptors of the directories last used in it. Missing directories are made on the way."""
-
-    def __init__(self, root_fd: int, made: Callable[[bytes], None] = lambda path: None) -> None:
-        self.root_fd = root_fd
-        self._made = made
-        self._open: dict[bytes, int] = {}  # least recently used first
-
-    def __enter__(self) -> Tree:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """After a directory or a symlink was removed: a descriptor may no longer be what its path means."""
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-
-    def directory(self, path: bytes) -> int:
-        """The directory's descriptor. It stays the Tree's, and good for the next dozen calls."""
-        if not path:
-            return self.root_fd
-        fd = self._open.pop(path, None)
-        if fd is None:
-            fd = self._reach(path)
-            if len(self._open) >= _KEPT:
-                os.close(self._open.pop(next(iter(self._open))))
-        self._open[path] = fd
-        return fd
-
-    def _reach(self, path: bytes) -> int:
-        above, _, name = path.rpartition(b"/")
-        parent = self._open.get(above) if above else self.root_fd
-        if parent is not None:
-            try:
-                return os.open(name, _DIRECTORY, dir_fd=parent)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-        return walk(self.root_fd, path, self._made)
-
-    def parent(self, path: bytes) -> tuple[int, bytes]:
-        above, _, name = path.rpartition(b"/")
-        return self.directory(above), name
-
-
-# --- entries ----------------------------------------------------------------------------------------------------------
-
-
-class Owner(NamedTuple):
-    """Whom an archive says a file belongs to, where that isn't root."""
-
-    path: bytes
-    uid: int
-    gid: int
-    mode: int
-
-
-class Directory(NamedTuple):
-    """What is set on a directory when nothing will be written in it any more."""
-
-    mode: int
-    uid: int
-    gid: int
-    mtime: int  # nanoseconds
-    xattrs: tuple[tuple[bytes, bytes], ...] = ()
-
-
-@dataclass
-class Unpacked:
-    """What was written, and what of the archive was left out."""
-
-    entries: int = 0
-    size: int = 0  # bytes of files
-    nodes: int = 0  # devices and FIFOs, left out
-    special: int = 0  # setuid, setgid and sticky bits, taken away
-    xattrs: int = 0  # left out
+_INFO = b"var/lib/dpkg/info/"
+_SCRIPTS = ("config", "preinst", "postinst", "prerm", "postrm")
+# Merged /usr, which every Debian since bookworm has: where the loader is in /lib64, that is a link, too.
+_MERGED = (b"bin", b"sbin", b"lib")
+_MERGED_ALSO: Mapping[str, tuple[bytes, ...]] = {"amd64": (b"lib64",)}
+_SKELETON = "base-files"  # brings the symlinks that others write through, as /var/run: dpkg has it first, too
 
 
 @contextmanager
-def _open_umask() -> Iterator[None]:
-    """The modes given to mkdir(2) and open(2) are the modes meant."""
-    before = os.umask(0)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-class Writer:
-    """Writes entries beneath a root: the last entry of a name wins, but never through a link that was there before.
-
-    `merge` is how packages share a tree: what is a directory stays one, also by a symlink that stays in the root.
-    """
-
-    def __init__(
-        self,
-        root_fd: int,
-        *,
-        keep_special: bool,
-        owners: bool,
-        merge: bool = False,
-        clamp: int | None = None,
-        record: Callable[[Owner], None] = lambda owner: None,
-        limits: Limits = LIMITS,
-    ) -> None:
-        self.done = Unpacked()
-        self.directories: dict[bytes, Directory] = {}
-        self._tree = Tree(root_fd, self._made)
-        self._keep_special = keep_special
-        self._owners = owners
-        self._merge = merge
-        self._clamp = _TIME_MAX if clamp is None else clamp * 10**9
-        self._record = record
-        self._limits = limits
-        self._mtime = 0  # of the entry being written, which is also given to the parents it lacks
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tree.forget()
-
-    def write(self, entry: Entry, data: Iterable[memoryview | bytes] = ()) -> None:
-        self.done.entries += 1
-        self._mtime = max(_TIME_MIN, min(entry.mtime, self._clamp, _TIME_MAX))
-        try:
-            if entry.kind == "file":
-                self._file(entry, data)
-            elif entry.kind == "directory":
-                self._directory(entry)
-            elif entry.kind == "symlink":
-                self._symlink(entry)
-            elif entry.kind == "hardlink":
-                self._hardlink(entry)
-            else:  # a device would be refused by the kernel or, worse, not; nobody needs a FIFO from an archive
-                self.done.nodes += 1
-                return
-        except OSError as error:
-            raise ArchiveError(f"{show(entry.path)}: {error.strerror or error}") from error
-        if (entry.uid or entry.gid) and entry.kind != "hardlink":
-            self._record(Owner(entry.path, entry.uid, entry.gid, entry.mode))
-
-    def finish(self) -> None:
-        """Set the directories' modes, owners and times: last, as writing needs the first and changes the last."""
-        settle(self._tree.root_fd, self.directories, owners=self._owners, special=self.done)
-
-    def _made(self, path: bytes) -> None:
-        self._pend(path, Directory(0o755, 0, 0, self._mtime))
-
-    def _pend(self, path: bytes, directory: Directory) -> None:
-        self.directories[path] = directory
-        if len(self.directories) > self._limits.directories:
-            raise ArchiveError(f"the archive has more than {self._limits.directories} directories")
-
-    def _mode(self, entry: Entry) -> int:
-        """Without `keep_special` only a directory's sticky bit stays, which takes rights and gives none."""
-        mode = entry.mode
-        if not self._keep_special:
-            mode &= 0o1777 if entry.kind == "directory" else 0o777
-            self.done.special += mode != entry.mode
-        return mode
-
-    def _clear(self, parent: int, name: bytes) -> None:
-        """Remove what stands where an entry belongs. A directory only when it's empty: its files are entries too."""
-        if stat.S_ISDIR(mode := os.lstat(name, dir_fd=parent).st_mode):
-            if self._merge:
-                raise IsADirectoryError(errno.EISDIR, "a directory is there already")
-            os.rmdir(name, dir_fd=parent)
-        else:
-            os.unlink(name, dir_fd=parent)
-        if not stat.S_ISREG(mode):
-            self._tree.forget()
-
-    def _file(self, entry: Entry, data: Iterable[memoryview | bytes]) -> None:
-        parent, name = self._tree.parent(entry.path)
-        with self._created(parent, name) as fd:
-            for piece in data:
-                _write(fd, piece)
-            self.done.size += entry.size
-            if self._owners and (entry.uid or entry.gid):
-                os.fchown(fd, entry.uid, entry.gid)  # before the mode: chown(2) takes setuid away
-            os.fchmod(fd, self._mode(entry))
-            if entry.xattrs:
-                self._set_xattrs(fd, entry.xattrs)
-            os.utime(fd, ns=(self._mtime, self._mtime))
-
-    @contextmanager
-    def _created(self, parent: int, name: bytes) -> Iterator[int]:
-        try:
-            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
-        except FileExistsError:
-            self._clear(parent, name)
-            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _directory(self, entry: Entry) -> None:
-        path = entry.path
-        if path:
-            parent, name = self._tree.parent(path)
-            if not _make_directory(parent, name, 0o700) and not self._is_directory(parent, name, path):
-                self._clear(parent, name)
-                parent, name = self._tree.parent(path)
-                os.mkdir(name, 0o700, dir_fd=parent)
-        kept = self._kept_xattrs(entry.xattrs) if entry.xattrs else ()
-        # Without its owner's rights the root could neither be used nor removed.
-        mode = self._mode(entry) | (0 if path else 0o700)
-        self._pend(path, Directory(mode, entry.uid, entry.gid, self._mtime, kept))
-
-    def _is_directory(self, parent: int, name: bytes, path: bytes) -> bool:
-        mode = os.lstat(name, dir_fd=parent).st_mode
-        if self._merge and stat.S_ISLNK(mode):
-            os.close(walk(self._tree.root_fd, path))  # raises where the symlink leads to no directory
-            return True
-        return stat.S_ISDIR(mode)
-
-    def _symlink(self, entry: Entry) -> None:
-        parent, name = self._tree.parent(entry.path)
-        try:
-            os.symlink(entry.target, name, dir_fd=parent)
-        except FileExistsError:
-            if not self._same_symlink(parent, name, entry.target):
-                self._clear(parent, name)
-                parent, name = self._tree.parent(entry.path)
-                os.symlink(entry.target, name, dir_fd=parent)
-        if self._owners and (entry.uid or entry.gid):
-            os.chown(name, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
-        os.utime(name, ns=(self._mtime, self._mtime), dir_fd=parent, follow_symlinks=False)
-        self.done.xattrs += len(entry.xattrs)  # a symlink can't have any that we keep. xattr(7)
-
-    @staticmethod
-    def _same_symlink(parent: int, name: bytes, target: bytes) -> bool:
-        """Never gone for a moment: another worker may be walking through it, as through `lib` -> `usr/lib`."""
-        try:
-            return os.readlink(name, dir_fd=parent) == target
-        except OSError:
-            return False
-
-    def _hardlink(self, entry: Entry) -> None:
-        """Another name for a regular file of the root. What the header says of modes and owners is the file's own."""
-        source, old = self._tree.parent(entry.target)
-        parent, name = self._tree.parent(entry.path)
-        if not stat.S_ISREG(os.lstat(old, dir_fd=source).st_mode):
-            raise OSError(errno.EINVAL, f"a hard link to {show(entry.target)}, which is not a file")
-        if old == name and _identity(source) == _identity(parent):
-            raise OSError(errno.EINVAL, "a hard link to itself")
-        for _ in range(2):
-            try:
-                os.link(old, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
-                return
-            except FileExistsError:
-                self._clear(parent, name)
-                source, old = self._tree.parent(entry.target)
-                parent, name = self._tree.parent(entry.path)
-            except OSError as error:
-                if error.errno != errno.EMLINK:  # ext4 has 65 000 names a file
-                    raise
-                return self._copy(source, old, parent, name)
-
-    def _copy(self, source: int, old: bytes, parent: int, name: bytes) -> None:
-        file = os.open(old, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
-        try:
-            status = os.fstat(file)
-            with self._created(parent, name) as fd:
-                while piece := os.read(file, _COPY):
-                    _write(fd, piece)
-                if self._owners:
-                    os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, stat.S_IMODE(status.st_mode))
-                for attribute in os.listxattr(file):
-                    os.setxattr(fd, attribute, os.getxattr(file, attribute))
-                os.utime(fd, ns=(status.st_mtime_ns, status.st_mtime_ns))
-        finally:
-            os.close(file)
-
-    def _kept_xattrs(self, xattrs: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
-        """What an archive may set: the user's own, but neither overlayfs' marks nor ours; file capabilities as setuid.
-
-        A planted user.overlay.redirect or .opaque would change what an overlay of this tree shows. overlayfs.rst
-        """
-        kept = tuple(
-            (name, value)
-            for name, value in xattrs
-            if (name.startswith(b"user.") and not name.startswith((b"user.overlay.", b"user.devns.")))
-            or (name == b"security.capability" and self._keep_special)
-        )
-        self.done.xattrs += len(tuple(xattrs)) - len(kept)
-        return kept
-
-    def _set_xattrs(self, fd: int, xattrs: Iterable[tuple[bytes, bytes]]) -> None:
-        self.done.xattrs += _set_xattrs(fd, self._kept_xattrs(xattrs))
-
-
-def _write(fd: int, piece: memoryview | bytes) -> None:
-    while len(piece) > (written := os.write(fd, piece)):
-        piece = piece[written:]
-
-
-def _set_xattrs(fd: int, xattrs: Iterable[tuple[bytes, bytes]]) -> int:
-    """How many this file system, or this namespace, did not take."""
-    refused = 0
-    for name, value in xattrs:
-        try:
-            os.setxattr(fd, name, value)
-        except OSError as error:
-            if error.errno in (errno.EIO, errno.EBADF):
-                raise
-            refused += 1
-    return refused
-
-
-def settle(root_fd: int, directories: Mapping[bytes, Directory], *, owners: bool, special: Unpacked) -> None:
-    """Set what directories shall be, deepest first: above may be what can't be entered afterwards."""
-    with Tree(root_fd) as tree:
-        for path in sorted(directories, key=lambda path: path.count(b"/") + bool(path), reverse=True):
-            mode, uid, gid, mtime, xattrs = directories[path]
-            try:
-                parent, name = tree.parent(path)
-                fd = os.open(name or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-            except (NotADirectoryError, FileNotFoundError):
-                continue  # a later entry made something else of it; or it's a symlink that was kept
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    continue
-                raise ArchiveError(f"{show(path)}: {error.strerror}") from error
-            try:
-                if owners and (uid or gid):
-                    os.fchown(fd, uid, gid)
-                os.fchmod(fd, mode)
-                special.xattrs += _set_xattrs(fd, xattrs)
-                os.utime(fd, ns=(mtime, mtime))
-            except OSError as error:
-                raise ArchiveError(f"{show(path)}: {error.strerror}") from error
-            finally:
-                os.close(fd)
-
-
-@contextmanager
-def _about(path: str | bytes) -> Iterator[None]:
-    """Name the archive in whatever goes wrong with it."""
-    name = os.path.basename(os.fsdecode(path))
+def _about(path: str | bytes | int) -> Iterator[None]:
+    """Name the archive in whatever goes wrong with it; a descriptor has no name."""
+    name = "" if isinstance(path, int) else f"{show(os.path.basename(os.fsencode(path)))[1:-1]}: "
     try:
         yield
     except DevnsError as error:
-        raise type(error)(f"{name}: {error.message}", hint=error.hint) from error
+        raise type(error)(f"{name}{error.message}", hint=error.hint) from error
     except OSError as error:
-        raise ArchiveError(f"{name}: {error.strerror or error}") from error
+        raise ArchiveError(f"{name}{error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(path: str | bytes | int) -> Iterator[int]:
+    if isinstance(path, int):
+        yield path
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 # --- tarballs ---------------------------------------------------------------------------------------------------------
@@ -487,37 +67,394 @@ def unpack_tar(
     """Unpack a tar archive (a path, or a descriptor that is read to its end) beneath an empty directory.
 
     `keep_special` keeps setuid, setgid and file capabilities: only for a tree that no other user can reach.
-    `owners` gives files to the archive's uids and gids; `record` is told them in either case. `clamp` (seconds) is
-    the latest time a file may have. `progress` is advanced by the bytes read. Raises DevnsError; what was written
-    until then is for the caller to throw away.
+    `owners` gives the files to the archive's uids and gids; `record` is told them in either case. `clamp` (seconds
+    since the epoch) is the latest time a file gets. `progress` is advanced by the bytes read. Raises DevnsError; what
+    was written until then is for the caller to throw away.
     """
-    progress = progress or Silent()
-    opened = isinstance(archive, int)
-    fd = archive if isinstance(archive, int) else os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+    watch = progress or Silent()
+    with _about(archive), open_umask(), _opened(archive) as fd:
 
-    def read(size: int) -> bytes:
-        data = os.read(fd, size)
-        progress.advance(len(data))
-        return data
+        def read(size: int) -> bytes:
+            data = os.read(fd, size)
+            watch.advance(len(data))
+            return data
 
-    try:
-        with ExitStack() as stack:
-            if not opened:
-                stack.enter_context(_about(os.fsencode(archive)))
-            stack.enter_context(_open_umask())
-            writer = stack.enter_context(
-                Writer(
-                    root_fd, keep_special=keep_special, owners=owners, clamp=clamp, record=record, limits=limits
-                )
-            )
-            _write_all(open_tar(read, limits), writer)
+        tar = open_tar(read, limits)
+        with Writer(
+            root_fd, keep_special=keep_special, owners=owners, clamp=clamp, record=record, limits=limits
+        ) as writer:
+            for entry in tar:
+                writer.write(entry, tar.data())
+            writer.finish()
             return writer.done
+
+
+# --- one .deb ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DebRecord:
+    """One package as unpacked: what dpkg's database says of it, and what is left to do."""
+
+    name: str
+    version: str
+    architecture: str
+    key: str  # what dpkg files it under in info/: the name, or name:architecture
+    status: str  # its paragraph for var/lib/dpkg/status, without a newline at the end
+    scripts: tuple[str, ...]  # of preinst, postinst, prerm, postrm, config: those it has
+    size: int  # bytes of files
+    owners: tuple[Owner, ...]  # whose owner or group isn't root
+    files: tuple[bytes, ...]  # the paths of all but directories
+    directories: Mapping[bytes, Directory]
+
+
+def unpack_deb(
+    path: str, root_fd: int, *, owners: bool, name: str | None = None, version: str | None = None
+) -> DebRecord:
+    """Do what `dpkg --unpack` does, maintainer scripts apart, in a root that has not this package.
+
+    The package must be `name` at `version` where these are given. Conffiles are put in place under their own names:
+    with no .dpkg-new beside them, `dpkg --configure` takes them for installed. What is a directory stays one, also
+    through a symlink (/lib), and keeps its owner, mode and times, as under dpkg. Raises DevnsError naming the .deb.
+    """
+    with _about(path), open_umask():
+        record, found = _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=None)
+        created = {path: entry for path, entry in record.directories.items() if path not in found and path}
+        settle(root_fd, created, owners=owners)
+        return replace(record, owners=record.owners + _directory_owners(created))
+
+
+def _directory_owners(directories: Mapping[bytes, Directory]) -> tuple[Owner, ...]:
+    return tuple(Owner(path, d.uid, d.gid, d.mode) for path, d in directories.items() if d.uid or d.gid)
+
+
+def _unpack_deb(
+    path: str, root_fd: int, *, owners: bool, name: str | None, version: str | None, architecture: str | None
+) -> tuple[DebRecord, set[bytes]]:
+    """Without setting what directories shall be; with the directories that were there before."""
+    with _opened(path) as fd:
+        control, data = open_deb(fd)
+        for said, wanted in ((control.name, name), (control.version, version)):
+            if wanted is not None and said != wanted:
+                raise ArchiveError(f"the package in it is {control.name} {control.version}, not {name} {version}")
+        if architecture and control.architecture not in (architecture, "all"):
+            raise ArchiveError(f"a package for {control.architecture}, not for {architecture}")
+        sums: dict[bytes, str] = {}
+        conffiles = dict.fromkeys(control.conffiles())
+        listing: list[bytes] = []
+        files: list[bytes] = []
+        owned: list[Owner] = []
+        with Writer(root_fd, keep_special=True, owners=owners, merge=True, record=owned.append) as writer:
+            for entry in data:
+                place = b"/" + (entry.path or b".")
+                if b"\n" in place:
+                    raise ArchiveError(f"{show(place)}: a name that dpkg's list of files can't hold")
+                listing.append(place)
+                if entry.kind != "directory":
+                    files.append(entry.path)
+                if place in conffiles and entry.kind == "file":
+                    writer.write(entry, _summed(data.data(), place, sums))
+                else:
+                    writer.write(entry, data.data())
+            size = writer.done.size
+            _write_info(writer, control, listing)
+    record = DebRecord(
+        control.name,
+        control.version,
+        control.architecture,
+        control.key,
+        _status(control, {place: sums[place] for place in conffiles if place in sums}),
+        tuple(script for script in _SCRIPTS if script in control.files),
+        size,
+        tuple(owned),
+        tuple(files),
+        writer.directories,
+    )
+    return record, writer.found
+
+
+def _summed(pieces: Iterable[memoryview], place: bytes, sums: dict[bytes, str]) -> Iterator[memoryview]:
+    md5 = hashlib.md5(usedforsecurity=False)  # what dpkg tells a changed conffile by
+    for piece in pieces:
+        md5.update(piece)
+        yield piece
+    sums[place] = md5.hexdigest()
+
+
+def _status(control: Control, sums: Mapping[bytes, str]) -> str:
+    lines = control.paragraph.split("\n")
+    package = next(at for at, line in enumerate(lines) if line.lower().startswith("package:"))
+    lines.insert(package + 1, "Status: install ok unpacked")
+    if sums:
+        lines.append("Conffiles:")
+        lines += [f" {_string(place)} {md5}" for place, md5 in sums.items()]
+    return "\n".join(lines)
+
+
+def _write_info(writer: Writer, control: Control, listing: Sequence[bytes]) -> None:
+    """dpkg's own files on the package: what control.tar has, but for `control`, and the list of its files."""
+    stem = _INFO + control.key.encode()
+    for name, file in control.files.items():
+        if name != "control":
+            _put(writer, stem + b"." + name.encode(), file.data, file.mode, file.mtime)
+    _put(writer, stem + b".list", b"".join(line + b"\n" for line in listing), 0o644, control.files["control"].mtime)
+
+
+def _put(writer: Writer, path: bytes, data: bytes, mode: int, mtime: int) -> None:
+    writer.write(Entry(path, "file", mode, 0, 0, len(data), mtime), [data] if data else [])
+
+
+def _string(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+# --- all the .debs of a system ----------------------------------------------------------------------------------------
+
+
+def unpack_debs(
+    debs: Sequence[tuple[str, str, str]],
+    root: str,
+    *,
+    owners: bool,
+    workers: int,
+    report: Callable[[DebRecord], None] = lambda record: None,
+) -> list[DebRecord]:
+    """Unpack `debs` (path, name, version) beneath the directory `root`, which has no packages yet.
+
+    Worker processes share the work, the biggest package first; `report` is called here for each that is done. The
+    result depends on the order of `debs` only: where two packages have the same directory, the first one's mode,
+    owner and times count, as if dpkg had unpacked them in this order; where two have the same file, nothing is
+    guessed. Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the .deb.
+    """
+    root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with open_umask():
+            return _unpack_debs(debs, root_fd, owners, workers, report)
     finally:
-        if not opened:
-            os.close(fd)
+        os.close(root_fd)
 
 
-def _write_all(tar: Tar, writer: Writer) -> None:
-    for entry in tar:
-        writer.write(entry, tar.data())
-    writer.finish()
+def _unpack_debs(
+    debs: Sequence[tuple[str, str, str]],
+    root_fd: int,
+    owners: bool,
+    workers: int,
+    report: Callable[[DebRecord], None],
+) -> list[DebRecord]:
+    architecture, built = _architecture(debs)
+    merged = _MERGED + _MERGED_ALSO.get(architecture, ())
+    prepared = _prepare(root_fd, architecture, merged, built)
+
+    def job(index: int) -> DebRecord:
+        path, name, version = debs[index]
+        with _about(path):
+            return _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=architecture)[0]
+
+    biggest_first = sorted(range(len(debs)), key=lambda index: -os.stat(debs[index][0]).st_size)
+    skeleton = [index for index in biggest_first if debs[index][1] == _SKELETON]
+    done: dict[int, DebRecord] = {}
+    with _crew(min(workers, len(debs)), job) as crew:
+        for batch in (skeleton, [index for index in biggest_first if index not in skeleton]):
+            for index, record in _share(crew, batch, [path for path, _, _ in debs]):
+                done[index] = record
+                report(record)
+
+    records = [done[index] for index in range(len(debs))]
+    _refuse_conflicts(records, merged)
+    directories: dict[bytes, Directory] = {}
+    for index, record in enumerate(records):
+        mine = {path: entry for path, entry in record.directories.items() if _real(path, merged) not in directories}
+        directories.update((_real(path, merged), entry) for path, entry in mine.items())
+        records[index] = replace(record, owners=record.owners + _directory_owners(mine))
+    with Writer(root_fd, keep_special=False, owners=owners) as writer:
+        by_name = sorted(records, key=lambda record: (record.name, record.architecture))
+        status = "".join(f"{record.status}\n\n" for record in by_name)
+        _put(writer, b"var/lib/dpkg/status", _bytes(status), 0o644, built)
+    settle(root_fd, {**prepared, **directories}, owners=owners)
+    return records
+
+
+def _architecture(debs: Sequence[tuple[str, str, str]]) -> tuple[str, int]:
+    """What the packages are for, by the first that isn't for all; and when that one was built, in nanoseconds."""
+    for path, _, _ in debs:
+        with _about(path), _opened(path) as fd:
+            control, _ = open_deb(fd)
+            if control.architecture != "all":
+                return control.architecture, control.files["control"].mtime
+    raise ArchiveError("none of the packages is for a particular architecture")
+
+
+def _prepare(root_fd: int, architecture: str, merged: Sequence[bytes], mtime: int) -> dict[bytes, Directory]:
+    """Merged /usr, and an empty dpkg database. dpkg(1), FILES; https://wiki.debian.org/UsrMerge"""
+    with Writer(root_fd, keep_special=False, owners=False) as writer:
+        for name in merged:
+            writer.write(Entry(b"usr/" + name, "directory", 0o755, 0, 0, 0, mtime))
+            writer.write(Entry(name, "symlink", 0o777, 0, 0, 0, mtime, b"usr/" + name))
+        for name in (b"info", b"updates", b"triggers"):
+            writer.write(Entry(b"var/lib/dpkg/" + name, "directory", 0o755, 0, 0, 0, mtime))
+        if _exists(root_fd, b"var/lib/dpkg", b"status"):
+            raise DevnsError("the root has packages already")
+        _put(writer, _INFO + b"format", b"1\n", 0o644, mtime)
+        _put(writer, b"var/lib/dpkg/arch", architecture.encode() + b"\n", 0o644, mtime)
+        _put(writer, b"var/lib/dpkg/available", b"", 0o644, mtime)
+        writer.finish()
+        return writer.directories
+
+
+def _exists(root_fd: int, directory: bytes, name: bytes) -> bool:
+    fd = walk(root_fd, directory)
+    try:
+        os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _real(path: bytes, merged: Sequence[bytes]) -> bytes:
+    top, slash, _ = path.partition(b"/")
+    return b"usr/" + path if slash and top in merged else path
+
+
+def _refuse_conflicts(records: Sequence[DebRecord], merged: Sequence[bytes]) -> None:
+    """One path, two packages: dpkg has rules for that (Replaces, diversions), and needs an order for them."""
+    holder: dict[bytes, str] = {}
+    for record in records:
+        for path in record.files:
+            other = holder.setdefault(_real(path, merged), record.key)
+            if other != record.key:
+                raise _conflict(other, record.key, path)
+    for record in records:
+        for path in record.directories:
+            # A directory where the skeleton has a symlink was unpacked through it.
+            other = holder.get(_real(path, merged), record.key)
+            if other not in (record.key, _SKELETON):
+                raise _conflict(other, record.key, path)
+
+
+def _conflict(one: str, other: str, path: bytes) -> DevnsError:
+    return DevnsError(
+        f"{one} and {other} both have {show(b'/' + path)}",
+        hint="leave one of them out, and install it inside with apt-get",
+    )
+
+
+# --- workers: a pipe with indexes to each, a pipe with a line of JSON for each package back ---------------------------
+
+
+class _Worker(NamedTuple):
+    pid: int
+    tasks: int
+    answers: int
+
+
+@contextmanager
+def _crew(count: int, job: Callable[[int], DebRecord]) -> Iterator[list[_Worker]]:
+    """Processes that do the job for each index they are sent. They end with the block, whatever happens."""
+    crew: list[_Worker] = []
+    try:
+        for _ in range(count):
+            crew.append(_start_worker(job, crew))
+        yield crew
+    finally:
+        for worker in crew:
+            os.close(worker.tasks)
+            os.close(worker.answers)
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)  # on success it had nothing to do
+        for worker in crew:
+            with suppress(ChildProcessError):
+                os.waitpid(worker.pid, 0)
+
+
+def _start_worker(job: Callable[[int], DebRecord], before: Sequence[_Worker]) -> _Worker:
+    tasks, tasks_end = os.pipe()
+    answers_end, answers = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # Held open here, they would hide from the others that the parent is gone.
+            for fd in (tasks_end, answers_end, *(fd for worker in before for fd in worker[1:])):
+                os.close(fd)
+            while task := os.read(tasks, 4):
+                line = memoryview(_answer(job, int.from_bytes(task, "little")))
+                while line:
+                    line = line[os.write(answers, line) :]
+        finally:
+            os._exit(0)
+    os.close(tasks)
+    os.close(answers)
+    return _Worker(pid, tasks_end, answers_end)
+
+
+def _share(crew: Sequence[_Worker], batch: Iterable[int], paths: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
+    """Give each worker that is free the next index, until all are done."""
+    todo = list(reversed(list(batch)))
+    free = list(crew)
+    busy: dict[int, tuple[_Worker, int, bytearray]] = {}
+    poll = select.poll()
+    for worker in crew:
+        poll.register(worker.answers, select.POLLIN)
+    while todo or busy:
+        while todo and free:
+            worker, index = free.pop(), todo.pop()
+            busy[worker.answers] = worker, index, bytearray()
+            with suppress(BrokenPipeError):  # it died: the end of its answers says so
+                os.write(worker.tasks, index.to_bytes(4, "little"))
+        for fd, _ in poll.poll():
+            if fd not in busy:
+                raise DevnsError("a process that unpacks packages died (out of memory?)")
+            worker, index, line = busy[fd]
+            line += (data := os.read(fd, 1 << 16))
+            if not data:
+                name = os.path.basename(paths[index])
+                raise DevnsError(f"{name}: the process that unpacked it died (out of memory?)")
+            if line.endswith(b"\n"):
+                del busy[fd]
+                free.append(worker)
+                yield index, _decoded(line)
+
+
+def _answer(job: Callable[[int], DebRecord], index: int) -> bytes:
+    answer: dict[str, Any]
+    try:
+        answer = {"record": _encoded(job(index))}
+    except DevnsError as error:
+        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    except BaseException as error:  # our bug; its traceback would have to read source files here
+        at = error.__traceback__
+        while at and at.tb_next:
+            at = at.tb_next
+        where = f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}" if at else "?"
+        answer = {"error": "RuntimeError", "message": f"{error!r} at {where}", "hint": None}
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _encoded(record: DebRecord) -> dict[str, Any]:
+    plain = ("name", "version", "architecture", "key", "status", "scripts", "size")
+    return {
+        **{name: getattr(record, name) for name in plain},
+        "owners": [(_string(owner.path), *owner[1:]) for owner in record.owners],
+        "files": [_string(path) for path in record.files],
+        "directories": [(_string(path), *entry[:4]) for path, entry in record.directories.items()],
+    }
+
+
+def _decoded(line: bytes | bytearray) -> DebRecord:
+    answer = json.loads(line)
+    if "error" in answer:
+        if answer["error"] == "RuntimeError":
+            raise RuntimeError(answer["message"])
+        kind = {"Unsupported": Unsupported, "ArchiveError": ArchiveError}.get(answer["error"], DevnsError)
+        raise kind(answer["message"], hint=answer["hint"])
+    record = answer["record"]
+    record["scripts"] = tuple(record["scripts"])
+    record["owners"] = tuple(Owner(_bytes(path), *rest) for path, *rest in record["owners"])
+    record["files"] = tuple(_bytes(path) for path in record["files"])
+    record["directories"] = {_bytes(path): Directory(*rest) for path, *rest in record["directories"]}
+    return DebRecord(**record)

@@ -57,9 +57,12 @@ class Relation:
     relation: str | None = None
     version: str | None = None
 
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}:{self.architecture}" if self.architecture else self.name
+
     def __str__(self) -> str:
-        qualifier = f":{self.architecture}" if self.architecture else ""
-        return f"{self.name}{qualifier}" + (f" ({self.relation} {self.version})" if self.relation else "")
+        return self.full_name + (f" ({self.relation} {self.version})" if self.relation else "")
 
 
 Group = tuple[Relation, ...]  # alternatives, the preferred one first
@@ -139,13 +142,12 @@ class Index:
             return found
 
     def providers(self, name: str) -> list[tuple[Paragraph, str | None]]:
-        """Who provides the virtual `name`, and in which version if the provider says one."""
+        """Who provides the virtual `name` ("awk", "python3-foo:any"), and in which version if the provider says one."""
         found = []
         for provider in self._providers.get(name, ()):
             paragraph = self.candidate(provider)  # an older version may have provided it and the candidate does not
-            for provided in paragraph.provides if paragraph else ():
-                if provided.name == name and paragraph is not None:
-                    found.append((paragraph, provided.version))
+            if paragraph is not None:
+                found += [(paragraph, said.version) for said in paragraph.provides if said.full_name == name]
         return found
 
     def essential(self) -> tuple[str, ...]:

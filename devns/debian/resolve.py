@@ -1,0 +1,301 @@
+"""Which packages an environment needs: the set that apt would install in an empty system, without Recommends.
+
+It is apt's own way of marking (MarkInstall in apt-pkg/depcache.cc), cut down to a system where nothing is installed:
+requests are protected, what has only one solution becomes protected with them, alternatives are tried in their
+order, providers in apt's, and a package that can't be had is discarded and never tried again. A search that finds
+more solutions would find others than apt does, and the root's own apt would want to change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from devns.debian import version
+from devns.debian.index import Group, Index, Package, Paragraph, Relation
+from devns.errors import TemplateError
+
+# A step of the marking: it yields the marking of another package and is sent whether that worked. Chains of
+# dependencies are deeper than Python's stack.
+Marking = Generator["Marking", bool, bool]
+
+
+def resolve(index: Index, requested: Sequence[str]) -> tuple[Package, ...]:
+    """Everything that `requested`, apt and the Essential packages need, sorted by name.
+
+    TemplateError for a name that doesn't exist, and for a request that nothing in the archive can satisfy.
+    """
+    roots = [*base(index), *(_real(index, name) for name in requested)]
+    marks = _Marks(index)
+    marks.install(list(dict.fromkeys(roots)))
+    if broken := marks.broken():
+        blamed = next((name for name in roots if name in broken), broken[0])
+        raise TemplateError(
+            f"packages: {blamed} can't be installed: {'; '.join(marks.explain(blamed))}",
+            hint="leave one of them out" if len(requested) > 1 else None,
+        )
+    return tuple(p.package for name in sorted(marks.installed) if (p := index.candidate(name)) is not None)
+
+
+def base(index: Index) -> tuple[str, ...]:
+    """What every system has: the Essential packages and apt.
+
+    Where an Essential package wants either usrmerge, which turns an old system into a merged one and brings perl, or
+    the empty usr-is-merged, it gets the second: our roots are merged before the first package is unpacked.
+    """
+    names = [*index.essential(), "apt"]
+    wanted = [group for name in names if (p := index.candidate(name)) for group in p.depends]
+    if any({"usrmerge", "usr-is-merged"} == {relation.name for relation in group} for group in wanted):
+        names.append("usr-is-merged")
+    return tuple(names)
+
+
+def _real(index: Index, name: str) -> str:
+    """The package that `name` stands for: itself, or the only one that provides it."""
+    if index.candidate(name) is not None:
+        return name
+    providers = sorted({paragraph.package.name for paragraph, _ in index.providers(name)})
+    if len(providers) == 1:
+        return providers[0]
+    if providers:
+        raise TemplateError(f"packages: {name} is provided by several", hint=f"say which: {', '.join(providers[:8])}")
+    near = index.near(name)
+    raise TemplateError(f"packages: {name}: no such package", hint=f"did you mean {', '.join(near)}?" if near else None)
+
+
+@dataclass(frozen=True)
+class _Blame:
+    """Why a package was given up: a group that nothing could satisfy, or the package it can't be together with."""
+
+    group: Group = ()
+    conflict: str = ""
+
+
+class _Marks:
+    """apt's pkgDepCache for an empty system."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.installed: set[str] = set()
+        self.discarded: set[str] = set()
+        self.protected: set[str] = set()
+        self.blames: dict[str, _Blame] = {}
+        self._targets: dict[Relation, tuple[Paragraph, ...]] = {}
+
+    def install(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.protected.add(name)
+            self.installed.add(name)
+        for name in names:
+            _run(self._mark(name, deep=True, requested=True))
+
+    def broken(self) -> list[str]:
+        return sorted(name for name in self.installed if self._is_broken(self._paragraph(name)))
+
+    def explain(self, name: str, seen: frozenset[str] = frozenset()) -> list[str]:
+        """The chain of what is missing, from `name` down, a clause each."""
+        paragraph = self._paragraph(name)
+        for group in paragraph.depends:
+            if self._satisfied(group):
+                continue
+            said = [f"{name} needs {' | '.join(map(str, group))}"]
+            for relation in group:
+                if found := [p.package.name for p in self._solutions(relation) if p.package.name not in seen | {name}]:
+                    blame = self.blames.get(found[0])
+                    if blame and blame.conflict:
+                        return [*said, f"{found[0]} conflicts with {blame.conflict}"]
+                    return said + self.explain(found[0], seen | {name})
+            return said + [self._missing(relation) for relation in group[:1]]
+        for relation in paragraph.conflicts:
+            if enemy := self._enemy(paragraph, relation):
+                return [f"{name} conflicts with {enemy}"]
+        return []
+
+    # --- questions -------------------------------------------------------------------------------------------------------
+
+    def _paragraph(self, name: str) -> Paragraph:
+        paragraph = self.index.candidate(name)
+        if paragraph is None:
+            raise KeyError(name)
+        return paragraph
+
+    def _solutions(self, relation: Relation) -> tuple[Paragraph, ...]:
+        """Every candidate that satisfies `relation`, discarded or not: the package of that name, then the providers."""
+        try:
+            return self._targets[relation]
+        except KeyError:
+            pairs = [
+                paragraph
+                for paragraph, said in self._named(relation)
+                if relation.relation is None
+                or (said is not None and version.satisfies(said, relation.relation, relation.version or ""))
+            ]
+            unique = {paragraph.package.name: paragraph for paragraph in reversed(pairs)}
+            found = self._targets[relation] = tuple(unique[name] for name in list(unique)[::-1])
+            return found
+
+    def _named(self, relation: Relation) -> Iterable[tuple[Paragraph, str | None]]:
+        candidate = self.index.candidate(relation.name)
+        own = [(candidate, candidate.package.version)] if candidate else []
+        if relation.architecture in (None, "native", self.index.architecture):
+            return own + self.index.providers(relation.name)
+        if relation.architecture == "any":  # only of packages that allow it, and of what these provide
+            provided = own + self.index.providers(relation.name)
+            allowed = [pair for pair in provided if pair[0].package.multi_arch == "allowed"]
+            return allowed + self.index.providers(relation.full_name)
+        return []
+
+    def _satisfied(self, group: Group) -> bool:
+        return any(p.package.name in self.installed for relation in group for p in self._solutions(relation))
+
+    def _satisfiable(self, group: Group) -> bool:
+        return any(
+            p.package.name in self.installed or p.package.name not in self.discarded
+            for relation in group
+            for p in self._solutions(relation)
+        )
+
+    def _enemies(self, paragraph: Paragraph, relation: Relation) -> list[Paragraph]:
+        """Whom a Conflicts or Breaks hits. A package never conflicts with itself, nor with what it provides."""
+        return [p for p in self._solutions(relation) if p.package.name != paragraph.package.name]
+
+    def _enemy(self, paragraph: Paragraph, relation: Relation) -> str | None:
+        return next((p.package.name for p in self._enemies(paragraph, relation) if p.package.name in self.installed), None)
+
+    def _is_broken(self, paragraph: Paragraph) -> bool:
+        return not all(map(self._satisfied, paragraph.depends)) or any(
+            self._enemy(paragraph, relation) for relation in paragraph.conflicts
+        )
+
+    def _missing(self, relation: Relation) -> str:
+        candidate = self.index.candidate(relation.name)
+        if candidate is None:
+            return f"there is no {relation.name}"
+        return f"{relation.name} is {candidate.package.version}"
+
+    def _choices(self, group: Group) -> list[Paragraph]:
+        """What could satisfy `group`, in the order in which apt tries it."""
+        found: list[Paragraph] = []
+        for relation in group:
+            usable = [p for p in self._solutions(relation) if p.package.name not in self.discarded]
+            found += self._preferred(relation.full_name, usable)
+        names = [p.package.name for p in found]
+        found = [p for at, p in enumerate(found) if at == 0 or names[at - 1] != names[at]]
+        # Protected and not installed: a request says that it must not come.
+        return [p for p in found if p.package.name not in self.protected or p.package.name in self.installed]
+
+    def _preferred(self, target: str, found: list[Paragraph]) -> list[Paragraph]:
+        """apt's CompareProviders: what is wanted anyway, the package of that name, Essential, Important, Priority."""
+
+        def order(p: Paragraph) -> tuple[Any, ...]:
+            name = p.package.name
+            return (name not in self.protected, name != target, not p.package.essential, not p.important, p.rank)
+
+        ordered = sorted(found, key=order)
+        if len({order(p) for p in ordered}) == len(ordered):
+            return ordered
+        # The last resort is expensive to find out, so it is only asked for in a tie; sorted() is stable.
+        latest_first = sorted(ordered, key=lambda p: self.index.mentioned(p.package.name), reverse=True)
+        return sorted(latest_first, key=order)
+
+    # --- marking ---------------------------------------------------------------------------------------------------------
+
+    def _mark(self, name: str, *, deep: bool, requested: bool = False) -> Marking:
+        """MarkInstall: mark `name` and, if `deep`, what it needs. False where that can't be."""
+        if not requested and name in self.protected and name not in self.installed:
+            return False
+        if name in self.discarded:
+            return False
+        paragraph = self._paragraph(name)
+        if name not in self.protected and name in self.installed and not self._is_broken(paragraph):
+            return True
+        hopeless = next((group for group in paragraph.depends if not self._satisfiable(group)), None) if deep else None
+        if hopeless is not None:
+            if name not in self.protected:
+                self._discard(name, _Blame(group=hopeless))
+            return False
+
+        protected = name in self.protected
+        stubborn = protected or requested
+        groups = [group for group in paragraph.depends if protected or not self._satisfied(group)] if deep else []
+        enemies = [r for r in paragraph.conflicts if protected or self._enemy(paragraph, r)] if deep else []
+        worked = self._drop_enemies(paragraph, enemies, stubborn=stubborn)
+        if not worked and not stubborn:
+            return False
+        self.installed.add(name)
+        if not deep:
+            return worked
+
+        self.protected.add(name)  # while its dependencies are looked for
+        satisfied = yield self._mark_dependencies(name, groups, protected=protected, stubborn=stubborn)
+        if not protected:
+            self.protected.discard(name)
+        if not satisfied and not stubborn:
+            self._discard(name, self.blames.get(name))
+            return False
+        return worked and satisfied
+
+    def _drop_enemies(self, paragraph: Paragraph, relations: Sequence[Relation], *, stubborn: bool) -> bool:
+        """Unmark what `paragraph` conflicts with; where it is protected, for good. False where that can't be."""
+        name = paragraph.package.name
+        failed = False
+        for relation in relations:
+            usable = [p for p in self._enemies(paragraph, relation) if p.package.name not in self.discarded]
+            for enemy in (p.package.name for p in self._preferred(relation.full_name, usable)):
+                if enemy in self.installed and enemy in self.protected:
+                    failed = True
+                    self.blames.setdefault(name, _Blame(conflict=enemy))
+                    if not stubborn:
+                        return False
+                    continue
+                self.installed.discard(enemy)
+                if name in self.protected:
+                    self._discard(enemy, _Blame(conflict=name))
+                    self.protected.add(enemy)
+        return not failed
+
+    def _mark_dependencies(self, name: str, groups: Sequence[Group], *, protected: bool, stubborn: bool) -> Marking:
+        failed = False
+        for group in groups:
+            if self._satisfied(group):
+                only = {p.package.name for p in self._choices(group)} if protected else set()
+                if len(only) == 1 and not only <= self.protected:
+                    self.protected |= only
+                    failed |= not (yield self._mark(*only, deep=True))
+                continue
+            choices = self._choices(group)
+            for choice in (p.package.name for p in choices):
+                if choice in self.discarded:  # by a choice before
+                    continue
+                if protected and len(choices) == 1:
+                    if not (yield self._mark(choice, deep=False)):
+                        continue
+                    self.protected.add(choice)
+                if (yield self._mark(choice, deep=True)):
+                    break
+            else:
+                failed = True
+                self.blames.setdefault(name, _Blame(group=group))
+                if not stubborn:
+                    return False
+        return not failed
+
+    def _discard(self, name: str, blame: _Blame | None) -> None:
+        self.installed.discard(name)
+        self.discarded.add(name)
+        if blame is not None:
+            self.blames.setdefault(name, blame)
+
+
+def _run(marking: Marking) -> bool:
+    """Run a marking and all that it yields, without recursion."""
+    stack, answer = [marking], None
+    while stack:
+        try:
+            stack.append(stack[-1].send(answer))  # type: ignore[arg-type]  # None starts a generator
+            answer = None
+        except StopIteration as end:
+            stack.pop()
+            answer = end.value
+    return bool(answer)
