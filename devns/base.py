@@ -44,7 +44,9 @@ class Base:
     @hookimpl
     def devns_check(self, spec: Spec, host: Host) -> Iterable[Problem]:
         spaces = [step["name"] for step in _namespaces(spec) if step["op"] == "namespace"]
-        yield from diagnose.known_problems(host, "userns", *spaces)
+        for found in (diagnose.problem(name, host, None) for name in ("userns", *spaces)):
+            if found is not None:
+                yield found
 
     @hookimpl
     def devns_plan(self, spec: Spec, host: Host) -> Iterable[Step]:

@@ -12,7 +12,7 @@ import typer
 
 from devns import __version__, console, plugins
 from devns.errors import DevnsError
-from devns.host import Host
+from devns.host import Host, refuse_setuid
 from devns.workflow import Bench, Options
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 @contextmanager
 def _bench(*, verbose: bool = False, as_json: bool = False) -> Iterator[Bench]:
     host = Host.probe()
-    host.refuse_setuid()
+    refuse_setuid()
     with console.progress(as_json=as_json) as progress:
         yield Bench(host, plugins.load(host), progress, console.tell, console.tell if verbose else None)
 

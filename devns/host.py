@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Kind = Literal["file", "directory", "other"]
 
 _PATH = "/usr/local/bin:/usr/bin:/bin"  # where PATH is not set at all
-_SYMLINKS_MAX = 40  # MAXSYMLINKS, path_resolution(7)
+_PATH_MAX, _SYMLINKS_MAX = 4096, 40  # <linux/limits.h>, path_resolution(7)
 _ID_MAX = 0xFFFFFFFF  # (uid_t)-1 is no id, so a range ends below it
 
 
@@ -177,7 +177,7 @@ class Host:
         """`path` with every symbolic link resolved inside the root; what does not exist is kept as it is written."""
         try:
             return self._walk(path)
-        except OSError:  # a loop
+        except OSError:  # a loop, or too long
             return _normal(path)
 
     def which(self, name: str) -> str | None:
@@ -271,6 +271,8 @@ class Host:
 
     def _walk(self, path: str, *, follow: bool = True, passed: list[str] | None = None) -> str:
         """`path` without symbolic links; `passed` collects every directory and link that the way leads through."""
+        if len(path) > _PATH_MAX:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
         base = "" if self.root == "/" else self.root
         todo, done, links = path.split("/")[::-1], [""], 0
         while todo:
@@ -285,7 +287,7 @@ class Host:
                 passed.append("/".join(done) or "/")
             try:
                 target = os.readlink(base + here) if todo or follow else None
-            except OSError:  # no link, or nothing there
+            except (OSError, ValueError):  # no link, or nothing there; ValueError: a NUL in it
                 target = None
             if target is None:
                 done.append(part)
@@ -319,7 +321,7 @@ class Host:
                     _is_safe(os.lstat(base + way), owners, self.gid, sticky=way not in holders) for way in set(passed)
                 )
             )
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in it
             return False
 
 
@@ -348,9 +350,8 @@ def _is_safe(status: os.stat_result, owners: set[int], gid: int, *, sticky: bool
     if stat.S_ISLNK(status.st_mode):
         return True
     mode = status.st_mode
-    if mode & stat.S_IWOTH and not (sticky and mode & stat.S_ISVTX):
-        return False
-    return not mode & stat.S_IWGRP or status.st_gid in (0, gid) or status.st_uid == 0
+    shared = mode & stat.S_IWOTH or (mode & stat.S_IWGRP and status.st_uid != 0 and status.st_gid not in (0, gid))
+    return not shared or bool(sticky and mode & stat.S_ISVTX)
 
 
 def _is_name(name: str) -> bool:

@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from devns import linux
@@ -187,12 +188,16 @@ def overlay(
     default: bool = False,
 ) -> Step:
     """The directories `lower` (topmost first) merged at `dst`; writes go to `upper`, or with None to a tmpfs that ends
-    with the environment. `work` is an empty directory on the file system of `upper`. `volatile` syncs nothing."""
+    with the environment. `work` is an empty directory on the file system of `upper`; both are made where they are
+    missing. `volatile` syncs nothing."""
     extra = {key: True for key, said in (("readonly", readonly), ("volatile", volatile)) if said}
     return _step("overlay", dst=dst, lower=list(lower), upper=upper, work=work, default=default, **extra)
 
 
 def open_overlay(step: Step) -> Opened:
+    for path in (step["upper"], step["work"]) if step["upper"] else ():
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o755)
     names = [*step["lower"], *([step["upper"], step["work"]] if step["upper"] else [])]
     return [os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for name in names]
 

@@ -83,9 +83,11 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _sentence(step: Step) -> str:
-    rest = {key: value for key, value in step.items() if key not in ("op", "dst", "default", "text")}
+    rest = {key: value for key, value in step.items() if key not in ("op", "dst", "text") and value is not None}
+    if "mode" in rest:
+        rest["mode"] = f"{rest['mode']:04o}"
     said = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items()]
-    return " ".join([step["dst"]] * ("dst" in step) + [part for part in said if not part.endswith("=null")])
+    return " ".join([*([step["dst"]] if "dst" in step else []), *said])
 
 
 def _name(step: Step) -> str:

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 FILE = ".devns.toml"
 SIZE_MAX = 256 << 10
 LINES_MAX = 10_000
-DOTS_MAX = 64  # in one key; a parser takes quadratic time in them
-DEPTH_MAX = 64  # of brackets; a parser recurses into them
+DEPTH_MAX = 16  # dots in a key, brackets in each other, and both together; parsers recurse or go quadratic in them
 WORD_MAX = 256  # characters of a key or a number; Python's int() takes quadratic time
-LEVELS_MAX = 16  # of tables and lists in each other, however they are written
 VALUES_MAX = 20_000
 EXTENDS_MAX = 8
 
@@ -344,8 +342,8 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
     if text.count("\n") > LINES_MAX:
         raise At(path).error(f"more than {LINES_MAX} lines")
     bare = _QUIET.sub("_", text)
-    if any(key.count(".") > DOTS_MAX for key in re.split(r"[=,\[\]{}\n]", bare)):
-        raise At(path).error(f"a key with more than {DOTS_MAX} dots")
+    if any(key.count(".") > DEPTH_MAX for key in re.split(r"[=,\[\]{}\n]", bare)):
+        raise At(path).error(f"a key with more than {DEPTH_MAX} dots")
     if re.search(rf"[\w+-]{{{WORD_MAX + 1}}}", bare):
         raise At(path).error(f"a number or bare key of more than {WORD_MAX} characters")
     if _depth(bare) > DEPTH_MAX:
@@ -365,7 +363,7 @@ def _refuse_large(data: dict[str, Any], at: At) -> None:
     """What is left of the tricks once it is parsed: dotted keys in nested tables, thousands of keys on a line."""
     level: list[Any] = [data]
     values = 0
-    for _ in range(LEVELS_MAX + 1):
+    for _ in range(DEPTH_MAX + 1):
         names = [name for value in level if isinstance(value, dict) for name in value]
         if any(len(name) > WORD_MAX for name in names):
             raise at.error(f"a key of more than {WORD_MAX} characters")
@@ -375,7 +373,7 @@ def _refuse_large(data: dict[str, Any], at: At) -> None:
             raise at.error(f"more than {VALUES_MAX} values")
         if not level:
             return
-    raise at.error(f"tables more than {LEVELS_MAX} deep")
+    raise at.error(f"tables more than {DEPTH_MAX} deep")
 
 
 def _parts(value: Any) -> Iterable[Any]:

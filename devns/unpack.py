@@ -23,7 +23,6 @@ _SCRIPTS = ("config", "preinst", "postinst", "prerm", "postrm")
 # Merged /usr, which every Debian since bookworm has: where the loader is in /lib64, that is a link, too.
 _MERGED = (b"bin", b"sbin", b"lib")
 _MERGED_ALSO: Mapping[str, tuple[bytes, ...]] = {"amd64": (b"lib64",)}
-_SKELETON = "base-files"  # brings the symlinks that others write through, as /var/run: dpkg has it first, too
 
 
 @contextmanager
@@ -254,14 +253,12 @@ def _unpack_debs(
         with _about(path):
             return _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=architecture)[0]
 
-    biggest_first = sorted(range(len(debs)), key=lambda index: -os.stat(debs[index][0]).st_size)
-    skeleton = [index for index in biggest_first if debs[index][1] == _SKELETON]
+    biggest_first = sorted(range(len(debs)), key=lambda index: -_size(debs[index][0]))
     done: dict[int, DebRecord] = {}
     with _crew(min(workers, len(debs)), job) as crew:
-        for batch in (skeleton, [index for index in biggest_first if index not in skeleton]):
-            for index, record in _share(crew, batch, [path for path, _, _ in debs]):
-                done[index] = record
-                report(record)
+        for index, record in _share(crew, biggest_first, [path for path, _, _ in debs]):
+            done[index] = record
+            report(record)
 
     records = [done[index] for index in range(len(debs))]
     _refuse_conflicts(records, merged)
@@ -276,6 +273,11 @@ def _unpack_debs(
         _put(writer, b"var/lib/dpkg/status", _bytes(status), 0o644, built)
     settle(root_fd, {**prepared, **directories}, owners=owners)
     return records
+
+
+def _size(path: str) -> int:
+    with _about(path):
+        return os.stat(path).st_size
 
 
 def _architecture(debs: Sequence[tuple[str, str, str]]) -> tuple[str, int]:
@@ -323,25 +325,15 @@ def _real(path: bytes, merged: Sequence[bytes]) -> bytes:
 
 def _refuse_conflicts(records: Sequence[DebRecord], merged: Sequence[bytes]) -> None:
     """One path, two packages: dpkg has rules for that (Replaces, diversions), and needs an order for them."""
-    holder: dict[bytes, str] = {}
+    holder = {_real(path, merged): record.key for record in records for path in record.files}
     for record in records:
-        for path in record.files:
-            other = holder.setdefault(_real(path, merged), record.key)
-            if other != record.key:
-                raise _conflict(other, record.key, path)
-    for record in records:
-        for path in record.directories:
-            # A directory where the skeleton has a symlink was unpacked through it.
+        for path in (*record.files, *record.directories):
             other = holder.get(_real(path, merged), record.key)
-            if other not in (record.key, _SKELETON):
-                raise _conflict(other, record.key, path)
-
-
-def _conflict(one: str, other: str, path: bytes) -> DevnsError:
-    return DevnsError(
-        f"{one} and {other} both have {show(b'/' + path)}",
-        hint="leave one of them out, and install it inside with apt-get",
-    )
+            if other != record.key and path not in merged:
+                raise DevnsError(
+                    f"{record.key} and {other} both have {show(b'/' + path)}",
+                    hint="leave one of them out, and install it inside with apt-get",
+                )
 
 
 # --- workers: a pipe with indexes to each, a pipe with a line of JSON for each package back ---------------------------
@@ -392,9 +384,9 @@ def _start_worker(job: Callable[[int], DebRecord], before: Sequence[_Worker]) ->
     return _Worker(pid, tasks_end, answers_end)
 
 
-def _share(crew: Sequence[_Worker], batch: Iterable[int], paths: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
+def _share(crew: Sequence[_Worker], indexes: Sequence[int], paths: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
     """Give each worker that is free the next index, until all are done."""
-    todo = list(reversed(list(batch)))
+    todo = list(reversed(indexes))
     free = list(crew)
     busy: dict[int, tuple[_Worker, int, bytearray]] = {}
     poll = select.poll()

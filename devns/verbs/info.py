@@ -6,6 +6,7 @@ from typing import Any
 
 from devns import build, workflow
 from devns.store import Store
+from devns.verbs.listing import state
 from devns.workflow import Bench
 
 
@@ -14,7 +15,7 @@ def info(name: str | None, bench: Bench) -> dict[str, Any]:
     spec = workflow.understand(name, bench)
     store = Store.open(bench.host.store, create=False)
     layers = build.layers(spec, bench.host)
-    environment = store.environment(spec.name) if store else None
+    environment = store.environment(spec.name)
     return {
         "name": spec.name,
         "template": spec.template,
@@ -23,8 +24,8 @@ def info(name: str | None, bench: Bench) -> dict[str, Any]:
         "root": spec.root.source,
         "packages": list(spec.root.packages),
         "layers": layers,
-        "built": bool(store) and all(store.layer(layer) is not None for layer in layers),
+        "built": all(store.layer(layer) is not None for layer in layers),
         "home": environment.home if environment else None,
-        "state": environment.state() if environment else "not made yet",
+        "state": state(environment) if environment else "not made yet",
         "problems": [problem.message for problem in bench.hooks.problems(spec, bench.host)],
     }

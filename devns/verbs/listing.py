@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from devns.store import Store
+from devns.store import Environment, Store
 from devns.workflow import Bench
 
 
@@ -14,16 +14,20 @@ def listing(bench: Bench) -> list[dict[str, Any]]:
     `state` is "running", "ready", or "broken: why" where its record cannot be read.
     """
     store = Store.open(bench.host.store, create=False)
-    rows = []
-    for environment in store.environments() if store else ():
-        record = environment.record
-        rows.append(
-            {
-                "name": environment.name,
-                "template": record.get("template"),
-                "project": record.get("project"),
-                "layers": environment.layers,
-                "state": environment.state(),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": environment.name,
+            "template": environment.record.get("template"),
+            "project": environment.record.get("project"),
+            "layers": list(environment.layers),
+            "state": state(environment),
+        }
+        for environment in store.environments()
+    ]
+
+
+def state(environment: Environment) -> str:
+    """ "running", "ready", or "broken: why"."""
+    if environment.broken:
+        return f"broken: {environment.broken}"
+    return "running" if environment.in_use else "ready"

@@ -170,13 +170,13 @@ def test_X_21_when_the_parent_is_killed_everything_inside_is_gone_within_a_secon
         "import sys, os; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/plugins']\n"
         "import devns\n"
         "box = devns.namespaces(pid=True)\n"
-        "box.run(['/bin/sh', '-c', 'echo started; sleep 1000 & sleep 1000'])\n"
+        "box.run(['/bin/sh', '-c', 'sleep 1000 & sleep 1000 & echo started; wait'])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, CHECKOUT], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"started\n"
     family = _descendants(parent.pid)
-    assert len(family) >= 4  # child, init, sh, sleep
+    assert len(family) == 5  # child, init, sh, and two sleeps
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 1

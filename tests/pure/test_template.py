@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devns import template
@@ -272,6 +272,7 @@ def test_C_17_a_name_outside_the_grammar_is_no_template(tmp_path: Path, name: st
     assert problem.message.isprintable()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(max_size=70))
 def test_C_17_any_name_is_a_template_of_the_grammar_or_an_error(name: str) -> None:
     host = Host.make(root="/", uid=1, gid=1, environ={"HOME": "/nowhere"}, machine="x86_64", release="6.1")
@@ -282,26 +283,26 @@ def test_C_17_any_name_is_a_template_of_the_grammar_or_an_error(name: str) -> No
     assert (BUNDLED / f"{name}.toml").is_file()
 
 
-_NEST = 65
+_NEST = 17
 _BOMBS = {
-    "dots": ("a." * _NEST + "a = 1", "a key with more than 64 dots"),
-    "40 KiB of dots": ("a." * 20_000 + "a = 1", "a key with more than 64 dots"),
-    "quoted dots": ('"a".' * _NEST + "a = 1", "a key with more than 64 dots"),
-    "a header of dots": ("[" + "a." * _NEST + "a]", "a key with more than 64 dots"),
-    "dots in an inline table": ("a = { " + "a." * _NEST + "a = 1 }", "a key with more than 64 dots"),
-    "brackets": ("a = " + "[" * _NEST + "]" * _NEST, "brackets more than 64 deep"),
-    "5000 brackets": ("[" * 5000, "brackets more than 64 deep"),
-    "braces": ("a = " + "{a=" * _NEST + "1" + "}" * _NEST, "brackets more than 64 deep"),
-    "brackets after a string of quotes": ('a = ["""x"""", ' + "[" * _NEST + ', "y"]', "brackets more than 64 deep"),
-    "brackets after a literal string": ("a = ['''x'''', " + "[" * _NEST + ", 'y']", "brackets more than 64 deep"),
-    "brackets after an escaped quote": (r'a = ["\"", ' + "[" * _NEST, "brackets more than 64 deep"),
+    "dots": ("a." * _NEST + "a = 1", "a key with more than 16 dots"),
+    "40 KiB of dots": ("a." * 20_000 + "a = 1", "a key with more than 16 dots"),
+    "quoted dots": ('"a".' * _NEST + "a = 1", "a key with more than 16 dots"),
+    "a header of dots": ("[" + "a." * _NEST + "a]", "a key with more than 16 dots"),
+    "dots in an inline table": ("a = { " + "a." * _NEST + "a = 1 }", "a key with more than 16 dots"),
+    "brackets": ("a = " + "[" * _NEST + "]" * _NEST, "brackets more than 16 deep"),
+    "5000 brackets": ("[" * 5000, "brackets more than 16 deep"),
+    "braces": ("a = " + "{a=" * _NEST + "1" + "}" * _NEST, "brackets more than 16 deep"),
+    "brackets after a string of quotes": ('a = ["""x"""", ' + "[" * _NEST + ', "y"]', "brackets more than 16 deep"),
+    "brackets after a literal string": ("a = ['''x'''', " + "[" * _NEST + ", 'y']", "brackets more than 16 deep"),
+    "brackets after an escaped quote": (r'a = ["\"", ' + "[" * _NEST, "brackets more than 16 deep"),
     "lines": ("\n" * 10_001, "more than 10000 lines"),
     "digits": ("a = " + "9" * 5000, "a number or bare key of more than 256 characters"),
     "hexadecimal digits": ("a = 0x" + "f" * 5000, "a number or bare key of more than 256 characters"),
     "a bare key": ("a" * 257 + " = 1", "a number or bare key of more than 256 characters"),
     "a quoted key": ('"' + " " * 257 + '" = 1', "a key of more than 256 characters"),
     "tables in tables": ("a = " + "{a.a.a.a=" * 10 + "1" + "}" * 10, "tables more than 16 deep"),
-    "lists in lists": ("a = " + "[" * 20 + "]" * 20, "tables more than 16 deep"),
+    "lists in lists": ("[a.a.a.a]\na = " + "[" * 16 + "]" * 16, "tables more than 16 deep"),
     "keys on one line": ("a = {" + ",".join(f"{i:x}=1" for i in range(25_000)) + "}", "more than 20000 values"),
     "values on one line": ("a = [" + "1," * 60_000 + "]", "more than 20000 values"),
 }
@@ -595,6 +596,7 @@ _WORDS = (
 _TOML = st.lists(st.sampled_from(_WORDS)).map("".join)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=200) | st.text().map(str.encode) | _TOML.map(str.encode))
 def test_C_26_any_bytes_parse_or_are_a_template_error(data: bytes) -> None:
     try:

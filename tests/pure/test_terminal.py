@@ -156,7 +156,7 @@ def relay_until(held: ExitStack, done: int, inner: Pty, stdin: int, stdout: int,
 
     def parent() -> None:
         for fd in (inner.slave, *not_its):
-            os.close(fd)
+            close(fd)
         with Relay(inner.master, stdin, stdout) as relay:
             serve(relay, {done: lambda: not os.read(done, 100)})
 
@@ -172,6 +172,7 @@ def payload(held: ExitStack, inner: Pty, done: int, function: Callable[[], objec
     def run() -> None:
         for fd in (0, 1, 2):
             os.dup2(inner.slave, fd)
+        os.set_inheritable(done, True)
         function()
 
     pid = start(held, run)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devns import trust as trust_module
 from devns.errors import TemplateError, Unsupported
 from devns.host import Host
 from devns.template import Document, load
@@ -96,7 +95,7 @@ def test_a_named_template_needs_no_trust_and_cannot_be_given_it(tmp_path: Path) 
     document = load("mine", host)
     assert grants(document) == ()
     require(document, host)
-    with pytest.raises(TemplateError, match="^mine: a named template needs no trust$"):
+    with pytest.raises(TemplateError, match=r"^mine: a named template needs no trust$"):
         trust(document, host)
 
 
@@ -236,7 +235,7 @@ def test_C_05_going_back_to_what_was_trusted_does_not_ask(tmp_path: Path) -> Non
     assert is_trusted(load(None, host), host)
 
 
-def test_C_05_the_digest_holds_for_one_order_of_files_and_one_place() -> None:
+def test_C_09_the_place_is_a_part_of_the_digest() -> None:
     one = Document("n", FILE, PROJECT, {}, {}, (), {}, HOME)
     assert digest(one) != digest(replace(one, project=f"{PROJECT}x"))
 
@@ -244,7 +243,6 @@ def test_C_05_the_digest_holds_for_one_order_of_files_and_one_place() -> None:
 def test_C_25_what_is_trusted_is_what_was_read_not_what_lies_there_now(tmp_path: Path) -> None:
     host = machine(tmp_path, {FILE: ASKS})
     document = load(None, host)
-    write(host, FILE, ASKS + "env.pass = ['EVIL']".join("\n\n").replace("\n\n", ""))
     write(host, FILE, "env.pass = ['EVIL']")
     trust(document, host)
     assert is_trusted(document, host)
@@ -377,11 +375,8 @@ _FAULTS: dict[str, Callable[[Path], Any]] = {
     "writable by the group": lambda record: record.chmod(0o620),
     "writable by all": lambda record: record.chmod(0o602),
     "in a directory that others write to": lambda record: record.parent.chmod(0o777),
-    "in a directory that is a link": lambda record: (
-        record.parent.rename(record.parent.with_name("real")),
-        record.parent.symlink_to("real"),
-    ),
-    "in a file": lambda record: (shutil.rmtree(record.parent), record.parent.write_text("")),
+    "in a directory that is a link": lambda record: _replaced(lambda path: path.symlink_to("kept"))(record.parent),
+    "in a file": lambda record: _replaced(lambda path: path.write_text(""))(record.parent),
     "gone": lambda record: record.unlink(),
 }
 
@@ -442,13 +437,14 @@ def test_a_crash_before_the_rename_leaves_no_record_and_no_litter(
 
     host = machine(tmp_path, {FILE: ASKS})
     document = load(None, host)
-    monkeypatch.setattr(trust_module.os, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
         trust(document, host)
     assert list((tmp_path / RECORDS[1:]).iterdir()) == []
     assert not is_trusted(document, host)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=80))
 def test_C_22_any_bytes_in_a_record_are_no_record(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     host = machine(tmp_path_factory.getbasetemp() / "any-record", {FILE: ASKS})

@@ -1,0 +1,466 @@
+"""store: what lives on disk: layers and environments, who uses them, and how they come and go.
+
+    version                                     of this layout
+    layers/KEY/{root/,layer.json}               finished and never changed, named by the hash of what made it
+    environments/NAME/{environment.json,home/}  what it was made for, and its private home
+    environments/NAME/upper-HEX/{root/,work/}   what was written over one list of layers
+    staging/RANDOM/                             being made while somebody holds its lock, left over otherwise
+    trash/RANDOM/                               being deleted
+    locks/NAME.lock                             for flock(2), and nothing else
+    cache/                                      what can be fetched again
+
+There is no index: the directories are the database. What gets a final name was finished in staging/, and what loses it
+is in trash/ before the first file of it goes, each by one rename(2). So a kill between any two system calls leaves
+nothing half made or half deleted under a final name.
+
+Nothing that runs in an environment can change the directories above, so these are reached by path. What lies in root/
+and home/ can be hostile: it is only ever deleted, and by descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from devns import linux
+from devns.errors import DevnsError, Unsupported
+
+VERSION = "1"
+
+_PARTS = ("layers", "environments", "staging", "trash", "locks", "cache")
+_ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
+_NAME = _ALPHANUMERIC | set("._-")
+_HEX = frozenset("0123456789abcdef")
+_LEAVE = "leave every shell and command in it first"
+_ELSEWHERE = "export DEVNS_STORE=/another/directory"
+
+
+class InUse(DevnsError):
+    """Somebody uses it at this moment, so it cannot go."""
+
+
+class ForeignFiles(DevnsError):
+    """What is to be deleted holds files of other user ids: `delete_tree(path)` works where those ids are mapped."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: holds files of other user ids, which can be deleted only where these are mapped")
+        self.path = path
+
+
+def is_name(name: str) -> bool:
+    """Fit for an environment: plain as a file name, on a command line and as a host name."""
+    return 0 < len(name) <= 63 and name[0] in _ALPHANUMERIC and _NAME.issuperset(name)
+
+
+def is_key(key: str) -> bool:
+    """A sha256 in hex; or a label, a dash and at least half of one."""
+    label, dash, digest = key.rpartition("-")
+    if not _HEX.issuperset(digest):
+        return False
+    return is_name(label) and 32 <= len(digest) <= 64 if dash else len(digest) == 64
+
+
+def upper_name(layers: Sequence[str]) -> str:
+    """The directory beneath an environment's own that holds what is written over exactly these layers."""
+    import hashlib  # it loads OpenSSL; who only enters an environment reads the name from its record
+
+    return f"upper-{hashlib.sha256(chr(10).join(layers).encode()).hexdigest()[:12]}"
+
+
+class Layer:
+    """A finished directory tree: `root` is its path, `record` what its maker had to say of it."""
+
+    __slots__ = ("key", "path", "record", "root")
+
+    def __init__(self, key: str, path: str, record: dict[str, Any]) -> None:
+        self.key = key
+        self.path = path
+        self.root = f"{path}/root"
+        self.record = record
+
+
+class Staging:
+    """A layer being made: `root` is its tree, `path` the directory around that, for what is not part of it."""
+
+    __slots__ = ("path", "root")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.root = f"{path}/root"
+
+
+class Environment:
+    """What is entered: a record, the layers it names (bottom first), an upper directory over them, and a home.
+
+    Where the record cannot be read `broken` says why; `record` and `layers` are empty then, `upper` and `work` are "",
+    and `Store.ensure_environment` and `Store.remove` both mend it.
+    """
+
+    __slots__ = ("_store", "broken", "home", "layers", "name", "path", "record", "upper", "work")
+
+    def __init__(self, store: Store, name: str, saved: dict[str, Any] | None, broken: str | None = None) -> None:
+        self._store = store
+        self.name = name
+        self.path = f"{store.path}/environments/{name}"
+        self.home = f"{self.path}/home"
+        self.record: dict[str, Any] = saved["record"] if saved else {}
+        self.layers: tuple[str, ...] = tuple(saved["record"]["layers"]) if saved else ()
+        self.upper = f"{self.path}/{saved['upper']}/root" if saved else ""
+        self.work = f"{self.path}/{saved['upper']}/work" if saved else ""
+        self.broken = broken
+
+    @contextmanager
+    def lease(self, *, exclusive: bool = False) -> Iterator[None]:
+        """Use it: while the lease is held neither the environment nor a layer of it goes.
+
+        What was forked meanwhile holds the lease too, until it execs or ends. Raises DevnsError where something of it
+        went since it was looked up. An exclusive lease is for changing it as a whole, and InUse where there is another.
+        """
+        store, lock = self._store, f"environment@{self.name}"
+        held: list[int] = []
+        try:
+            if exclusive:
+                with store._asking():
+                    held.append(store._take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{self.name}: in use", _LEAVE))
+            else:
+                held.append(store._take(lock, fcntl.LOCK_SH))
+                held += [store._take(f"layer@{key}", fcntl.LOCK_SH) for key in self.layers]
+                self._require()
+            yield
+        finally:
+            for fd in held:
+                os.close(fd)
+
+    @property
+    def in_use(self) -> bool:
+        """Does anyone hold a lease?"""
+        lock = f"environment@{self.name}"
+        with self._store._asking():
+            return os.path.lexists(self._store._lock(lock)) and self._store._is_held(lock)
+
+    def _require(self) -> None:
+        again = f"devns build {self.name}"
+        if self.broken:
+            raise DevnsError(f"{self.name}: {self.broken}", hint=again)
+        for path in (self.upper, *(f"{self._store.path}/layers/{key}/root" for key in self.layers)):
+            if not os.path.isdir(path):
+                raise DevnsError(f"{self.name}: {path} is gone", hint=again)
+
+    def _is_complete(self) -> bool:
+        return not self.broken and all(map(os.path.isdir, (self.home, self.upper, self.work)))
+
+
+class Store:
+    """The store at `path`; made by `Store.open`. Where the file system fails, all of it raises DevnsError.
+
+    A layer that one Store found or committed stays until this Store names it in an environment or is closed: nothing
+    can come between `layer` or `commit` and `ensure_environment`.
+    """
+
+    __slots__ = ("_pins", "cache", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.cache = f"{path}/cache"
+        self._pins: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: str, *, create: bool = True) -> Store:
+        """The store at `path`, which nobody but this user can reach; made where nothing is there.
+
+        With `create=False` nothing is made, and a store that is not there reads as an empty one. Raises DevnsError
+        for a path that belongs to someone else, is open to others, a symbolic link, full of other things, or a store
+        of another version; Unsupported for a file system without locks.
+        """
+        store = cls(os.path.abspath(path))
+        with _telling(store.path):
+            try:
+                status = os.lstat(store.path)
+            except FileNotFoundError:
+                if not create:
+                    return store
+                _make_private(store.path)
+                status = os.lstat(store.path)
+            _check_private(store.path, status)
+            try:
+                version = _read(f"{store.path}/version").decode("ascii", "replace").strip()
+            except FileNotFoundError:
+                version = VERSION
+                if create:
+                    store._begin()
+        if version != VERSION:
+            said = f"{store.path}: a store of version {version[:20]!r}, and this devns knows {VERSION}"
+            raise DevnsError(said, hint=_ELSEWHERE)
+        return store
+
+    def close(self) -> None:
+        """Let go of the layers that no environment names."""
+        while self._pins:
+            os.close(self._pins.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    # --- layers -------------------------------------------------------------------------------------------------------
+
+    def layer(self, key: str) -> Layer | None:
+        """The finished layer `key`, or None. One whose record cannot be read counts as not there: it is made again."""
+        path = f"{self.path}/layers/{_checked(key, is_key)}"
+        if not os.path.isdir(path):
+            return None
+        with _telling(path):
+            self._pin(key)
+            layer = self._read_layer(key)
+            if layer is None:
+                self._unpin(key)
+            return layer
+
+    def layers(self) -> tuple[str, ...]:
+        """The sorted keys of all layers, the damaged ones too."""
+        return tuple(filter(is_key, self._list("layers")))
+
+    @contextmanager
+    def staging(self) -> Iterator[Staging]:
+        """A place to make a layer in. What is not committed at the end is deleted."""
+        with self._scratch() as path:
+            staging = Staging(path)
+            with _telling(path):
+                _make_open(staging.root)
+            yield staging
+
+    def commit(self, staging: Staging, key: str, record: Mapping[str, Any]) -> Layer:
+        """Write everything to disk, then give what was made its name, with `record` beside it.
+
+        Where another process was faster its layer is returned, and ours is dropped.
+        """
+        final = f"{self.path}/layers/{_checked(key, is_key)}"
+        with _telling(final):
+            layer = self.layer(key)
+            if layer is None:
+                self._make_way(key)
+                self._pin(key)  # before it can be seen, so that nobody finds it unused
+                _write(f"{staging.path}/layer.json", dict(record))
+                _sync_file_system(staging.path)
+                if _rename_new(staging.path, final):
+                    _sync(f"{self.path}/layers")
+                layer = self.layer(key)
+        if layer is None:
+            raise DevnsError(f"{final}: went as soon as it was made", hint="try again")
+        return layer
+
+    def unused_layers(self) -> tuple[str, ...]:
+        """The sorted keys of layers that no environment names, nothing runs over and no build holds."""
+        with _telling(self.path):
+            unnamed = set(self.layers()).difference(*(environment.layers for environment in self.environments()))
+            with self._asking():
+                return tuple(key for key in sorted(unnamed) if not self._is_held(f"layer@{key}"))
+
+    def remove_layer(self, key: str) -> None:
+        """Remove a layer that is unused; else raise InUse."""
+        path = f"{self.path}/layers/{_checked(key, is_key)}"
+        with _telling(path):
+            if not os.path.lexists(path):
+                raise DevnsError(f"{key}: no such layer")
+            self._complete()
+            self._unpin(key)
+            lock = f"layer@{key}"
+            with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{key}: in use", _LEAVE):
+                for environment in self.environments():
+                    if key in environment.layers:
+                        name = environment.name
+                        raise InUse(f"{key}: in use by the environment {name}", hint=f"devns remove {name}")
+                trashed = self._trash(path)
+                _unlink(self._lock(lock))
+            delete_tree(trashed)
+
+    # --- environments -------------------------------------------------------------------------------------------------
+
+    def environment(self, name: str) -> Environment | None:
+        """The environment `name`, or None."""
+        path = f"{self.path}/environments/{_checked(name, is_name)}"
+        with _telling(path):
+            try:
+                return Environment(self, name, _checked_record(_load(f"{path}/environment.json")))
+            except ValueError as error:
+                why = str(error)
+            except OSError as error:
+                if not os.path.lexists(path):
+                    return None
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # our own trouble, not the record's
+                    raise
+                why = os.strerror(error.errno or 0).lower()
+        return Environment(self, name, None, f"its record cannot be read: {why}")
+
+    def environments(self) -> Iterator[Environment]:
+        """All of them, sorted by name, the broken ones too."""
+        for name in self._list("environments"):
+            found = self.environment(name) if is_name(name) else Environment(self, name, None, "no name that devns gives")
+            if found is not None:
+                yield found
+
+    def ensure_environment(self, name: str, record: Mapping[str, Any]) -> tuple[Environment, bool]:
+        """The environment `name` with this record, whose `layers` lists the keys of its layers; made where it is not.
+
+        Over each list of layers it has an upper directory of its own. The second value is True where the list is
+        another one than before and something was written over that: it is kept, and back when the list is.
+        """
+        wanted = json.loads(json.dumps(dict(record)))  # as it will be read again
+        saved = _checked_record({"upper": upper_name(wanted["layers"]), "record": wanted})
+        before = self.environment(name)
+        if before is not None and before.record == wanted and before._is_complete():
+            return before, False
+        with _telling(f"{self.path}/environments/{name}"):
+            for key in wanted["layers"]:
+                if self.layer(key) is None:
+                    raise DevnsError(f"{name}: its layer {key} is not in the store", hint=f"devns build {name}")
+            with self._held(f"environment@{name}", fcntl.LOCK_SH):  # so that it is not removed meanwhile
+                before = self.environment(name)
+                if before is None:
+                    self._create_environment(name, saved)
+                self._update_environment(name, saved)
+                after = self.environment(name)
+        if after is None or after.record != wanted:
+            raise DevnsError(f"{name}: another devns gave it other layers", hint="try again")
+        for key in wanted["layers"]:
+            self._unpin(key)
+        old = before.upper if before is not None else ""
+        return after, old not in ("", after.upper) and _holds_something(old)
+
+    def remove(self, name: str) -> None:
+        """Remove an environment with all that was written in it; its layers stay.
+
+        Raises InUse while something runs in it. When it raises ForeignFiles the environment is gone, and what lies at
+        the error's `path` is still to be deleted.
+        """
+        path = f"{self.path}/environments/{_checked(name, is_name)}"
+        with _telling(path):
+            if not os.path.lexists(path):
+                raise DevnsError(f"{name}: no such environment", hint="devns list")
+            self._complete()
+            lock = f"environment@{name}"
+            with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{name}: in use", _LEAVE):
+                trashed = self._trash(path)
+                _unlink(self._lock(lock))
+            delete_tree(trashed)
+
+    # --- locks and leftovers ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self, name: str, *, shared: bool = False, blocking: bool = True) -> Iterator[None]:
+        """Hold the lock `name`, a layer's key for example, against every other holder, in this process too.
+
+        Without `blocking` raises InUse where it is held.
+        """
+        _checked(name, lambda text: is_key(text) or is_name(text))
+        operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
+        with self._held(name, operation, f"{name}: locked by another devns", "try again"):
+            yield
+
+    def collect(self) -> tuple[str, ...]:
+        """Delete what interrupted commands left over. Returns the paths that hold files of other user ids.
+
+        Cheap where there is nothing. What cannot be deleted now is left for the next time.
+        """
+        for name in self._list("staging"):
+            with _passing_over():
+                self._complete()
+                with self._held(f"staging@{name}", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    self._trash(f"{self.path}/staging/{name}")
+        foreign = []
+        for name in self._list("trash"):
+            with _passing_over():
+                try:
+                    delete_tree(f"{self.path}/trash/{name}")
+                except ForeignFiles as error:
+                    foreign.append(error.path)
+        self._collect_locks()
+        return tuple(foreign)
+
+    def _collect_locks(self) -> None:
+        """Delete the lock files of what is not there any more."""
+        parts = {"layer": "layers", "environment": "environments", "staging": "staging", "": "layers"}
+        for entry in self._list("locks"):
+            lock = entry.removesuffix(".lock")
+            kind, at, name = lock.rpartition("@")
+            if lock == _ASKING or os.path.lexists(f"{self.path}/{parts.get(kind, 'layers')}/{name}"):
+                continue
+            with _passing_over(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if not os.path.lexists(f"{self.path}/{parts.get(kind, 'layers')}/{name}"):
+                    _unlink(self._lock(lock))
+
+    # --- making things ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Make a store of an empty directory, or of one where this was interrupted."""
+        if not {*_PARTS, "version"}.issuperset(os.listdir(self.path)):
+            raise DevnsError(f"{self.path}: holds other things than a store", hint=_ELSEWHERE)
+        with self._scratch() as path:
+            _write_file(f"{path}/version", f"{VERSION}\n".encode())
+            os.rename(f"{path}/version", f"{self.path}/version")
+        _sync(self.path)
+        _sync(os.path.dirname(self.path))
+
+    def _complete(self) -> None:
+        """Make those of the store's own directories that are missing: who frees a disk by hand takes them along."""
+        for part in _PARTS:
+            if not os.path.isdir(f"{self.path}/{part}"):
+                _make_private(f"{self.path}/{part}")
+
+    @contextmanager
+    def _scratch(self) -> Iterator[str]:
+        """A fresh directory in staging/, deleted at the end unless it was renamed away."""
+        name = os.urandom(8).hex()
+        path, lock = f"{self.path}/staging/{name}", f"staging@{name}"
+        with _telling(path):
+            self._complete()
+        with self._held(lock, fcntl.LOCK_EX):
+            try:
+                with _telling(path):
+                    os.mkdir(path, 0o700)
+                yield path
+            finally:
+                with _passing_over():  # what led here matters more, and collect() tries again
+                    if os.path.lexists(path):
+                        delete_tree(path)
+                    _unlink(self._lock(lock))
+
+    def _create_environment(self, name: str, saved: dict[str, Any]) -> None:
+        """Make it as a whole; where another process was faster, nothing."""
+        with self._scratch() as path:
+            os.mkdir(f"{path}/home", 0o700)
+            _make_upper(f"{path}/{saved['upper']}")
+            _write(f"{path}/environment.json", saved)
+            _sync(path)
+            _rename_new(path, f"{self.path}/environments/{name}")
+        _sync(f"{self.path}/environments")
+
+    def _update_environment(self, name: str, saved: dict[str, Any]) -> None:
+        """Make what is missing, and the record last: it never names what is not there."""
+        place = f"{self.path}/environments/{name}"
+        now = self.environment(name)
+        if now is not None and now.record == saved["record"] and now._is_complete():
+            return
+        if not os.path.isdir(place):
+            self._replace(None, place)
+            return self._create_environment(name, saved)
+        _make_private(f"{place}/home")
+        upper = f"{place}/{saved['upper']}"
+        with self._scratch() as path:
+            if not os.path.isdir(upper):
+                _make_upper(f"{path}/upper")
+                self._replace(f"{path}/upper", upper)
+            for part in ("root", "work"):
+                if not os.path.isdir(f"{upper}/{part}"):
+                    _make_open(f"{upper}/{part}")
+            _write(f"{path}/environment.json", saved)
+            self._replace(f"{path}/environment.json", f"{place}/environment.json")
+        _sync(place)
+
+    def _make_way(self, key: str) -> None:
+        """Remove what has the name of a layer and is none: its record was damaged."""

@@ -1,0 +1,213 @@
+"""[network]: whose network the environment sees, and what it borrows from the host to get around in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from devns.api import (
+    Host,
+    Problem,
+    Spec,
+    Step,
+    file,
+    hookimpl,
+    loopback,
+    namespace,
+    note,
+    outside,
+    sysfs,
+)
+from devns_network import lent
+from devns_network.ports import check_allowed, parse_port, parse_published
+
+_TUN = "/dev/net/tun"
+_ENGINES = ("pasta", "slirp4netns")  # the better one first
+_DNS = {"pasta": "169.254.1.1", "slirp4netns": "10.0.2.3"}  # where each answers for the host's resolver
+# Directories of sysfs that are made to be mounted on: they hide nothing when they are. fs/sysfs/mount.c
+_SYS_MOUNT_POINTS = (
+    "/sys/firmware/efi/efivars",
+    "/sys/fs/bpf",
+    "/sys/fs/cgroup",
+    "/sys/fs/fuse/connections",
+    "/sys/fs/pstore",
+    "/sys/fs/resctrl",
+    "/sys/fs/selinux",
+    "/sys/fs/smackfs",
+    "/sys/hypervisor/s390",
+    "/sys/kernel/config",
+    "/sys/kernel/debug",
+    "/sys/kernel/security",
+    "/sys/kernel/tracing",
+)
+
+
+@dataclass(frozen=True)
+class NetworkTable:
+    """[network]. `publish` is "[ADDRESS:]HOST:GUEST", on 127.0.0.1 unless said; `host_loopback` are ports of the host's
+    own loopback that can be reached from inside; with `allow`, nothing else can be reached."""
+
+    mode: Literal["host", "none", "user"] = "host"
+    publish: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
+    allow: tuple[str, ...] | None = field(default=None, metadata={"merge": "add"})
+    host_loopback: tuple[int, ...] = field(default=(), metadata={"merge": "add"})
+    certificates: Literal["host", "own"] = "host"
+    proxy: Literal["auto", "host", "none"] = "auto"
+    registries: Literal["host", "none"] = "host"
+
+    def __post_init__(self) -> None:
+        parse_published(self.publish)
+        for target in self.allow or ():
+            check_allowed(target)
+        for port in self.host_loopback:
+            parse_port(port)
+        said = {"publish": self.publish, "allow": self.allow is not None, "host_loopback": self.host_loopback}
+        for key in (key for key, value in said.items() if value and self.mode != "user"):
+            raise ValueError(f'{key} needs mode = "user", not "{self.mode}"')
+
+
+# --- the hooks --------------------------------------------------------------------------------------------------------
+
+
+@hookimpl
+def devns_table() -> tuple[str, type]:
+    return "network", NetworkTable
+
+
+@hookimpl
+def devns_check(spec: Spec, host: Host) -> Iterable[Problem]:
+    table = spec.table(NetworkTable)
+    if table.mode == "user":
+        yield from _user_problems(table, host)
+    if table.mode != "none":
+        if table.certificates == "host" and lent.find_bundle(host) is None:
+            yield Problem(
+                "certificates",
+                "this machine has no CA bundle in any of the usual places: programs inside use their own",
+                "install ca-certificates, or set SSL_CERT_FILE",
+                fatal=False,
+            )
+        if table.proxy == "auto":
+            yield from lent.proxy_problems(host, own_network=table.mode == "user")
+
+
+@hookimpl
+def devns_plan(spec: Spec, host: Host) -> Iterable[Step]:
+    table = spec.table(NetworkTable)
+    hostname = _hostname(spec)
+    if table.mode != "host":
+        yield namespace("net")
+        yield loopback()
+        if _is_sysfs_mountable(host):
+            yield sysfs()
+    if table.mode == "none":
+        yield _file("/etc/hosts", lent.hosts_text(None, hostname))
+        return
+    if table.mode == "user":
+        yield from _user(table, host)
+    else:
+        resolver = host.read("/etc/resolv.conf")
+        if resolver is not None:
+            yield _file("/etc/resolv.conf", resolver)
+    yield _file("/etc/hosts", lent.hosts_text(host, hostname))
+    yield from _lent(table, host)
+
+
+# --- mode = "user" ----------------------------------------------------------------------------------------------------
+
+
+def _user(table: NetworkTable, host: Host) -> Iterator[Step]:
+    engine = _engine(table, host)
+    if engine is None:
+        return  # devns_check has refused
+    published = parse_published(table.publish)
+    yield outside(
+        "devns_network.helper:hold",
+        engine=engine,
+        program=host.which(engine),
+        publish=[list(row) for row in published],
+        host_loopback=sorted(set(table.host_loopback)),
+    )
+    yield _file("/etc/resolv.conf", lent.resolv_text(host, _DNS[engine]))
+    for address, outer, inner in published:
+        if not address.startswith("127.") and address != "::1":
+            yield note(f"port {outer} of {address} is open to the network: it leads to port {inner} inside")
+
+
+def _engine(table: NetworkTable, host: Host) -> str | None:
+    """The helper that can do what is asked for. slirp4netns cannot publish a port when it starts, nor open the host's
+    loopback for single ports; neither can enforce `allow`."""
+    if table.allow is not None or _tun_problem(host):
+        return None
+    engines = _ENGINES[:1] if table.publish or table.host_loopback else _ENGINES
+    return next((name for name in engines if host.which(name)), None)
+
+
+def _user_problems(table: NetworkTable, host: Host) -> Iterator[Problem]:
+    other = 'set mode = "host" or "none" in [network]'
+    if table.allow is not None:
+        yield Problem("network", "neither pasta nor slirp4netns can keep an environment to what allow says", other)
+        return
+    first = host.read("/proc/sys/net/ipv4/ip_unprivileged_port_start") or ""
+    for _address, port, _inside in parse_published(table.publish):
+        if host.uid != 0 and first.strip().isdecimal() and port < int(first):
+            yield Problem("publish", f"port {port} may be opened only by root here", f"publish {int(first)} or above")
+    if _engine(table, host) is not None:
+        return
+    tun = _tun_problem(host)
+    found = [name for name in _ENGINES if host.which(name)]
+    reasons = [tun] if tun else []
+    if not found:
+        reasons.append("neither pasta nor slirp4netns is on PATH")
+    elif not tun:
+        reasons.append(f"only pasta can publish ports or open host_loopback, and only {found[0]} is on PATH")
+    remedy = "install passt" if not tun else f"chmod 0666 {_TUN}, as root"
+    yield Problem("network", f"no way to a network of its own here: {' and '.join(reasons)}", f"{remedy}; or {other}")
+
+
+def _tun_problem(host: Host) -> str | None:
+    """Why the caller cannot open /dev/net/tun, which both helpers need."""
+    status = host.stat(_TUN)
+    if status is None:
+        return f"there is no {_TUN}"
+    shift = 6 if status.st_uid == host.uid else 3 if status.st_gid in (host.gid, *host.groups) else 0
+    if host.uid == 0 or (status.st_mode >> shift) & 0o6 == 0o6:
+        return None
+    owner = "root" if status.st_uid == 0 else f"uid {status.st_uid}"
+    return f"{_TUN} is {status.st_mode & 0o7777:04o} and owned by {owner}"
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _lent(table: NetworkTable, host: Host) -> Iterator[Step]:
+    own_network = table.mode == "user"
+    if table.certificates == "host":
+        yield from lent.certificates(host)
+    if table.proxy != "none":
+        yield from lent.proxies(host, all_of_them=table.proxy == "host", own_network=own_network)
+    if table.registries == "host":
+        yield from lent.registries(host, own_network=own_network)
+
+
+def _file(dst: str, text: str) -> Step:
+    return file(dst, text, optional=True, default=True)
+
+
+def _hostname(spec: Spec) -> str | None:
+    """The environment's own name, where it has one. make_spec has seen to it that it is a name and nothing more."""
+    return spec.namespaces.uts.hostname or spec.name if spec.namespaces.uts else None
+
+
+def _is_sysfs_mountable(host: Host) -> bool:
+    """A fresh sysfs shows everything, so the kernel allows one only where the one that is seen hides nothing beneath
+    another mount (containers often mask parts of it). fs/namespace.c, mount_too_revealing()"""
+    rows = [line.split(" ") for line in (host.read("/proc/self/mountinfo") or "").splitlines()]
+    mounts = [(row[4], row[row.index("-") + 1]) for row in rows if "-" in row[6:] and len(row) > 9]
+    beneath = [path for path, _kind in mounts if path.startswith("/sys/")]
+    return ("/sys", "sysfs") in mounts and all(_is_meant_for_mounts(path) for path in beneath)
+
+
+def _is_meant_for_mounts(path: str) -> bool:
+    return any(path == point or path.startswith(f"{point}/") for point in _SYS_MOUNT_POINTS)
