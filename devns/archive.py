@@ -306,6 +306,9 @@ _KINDS: Mapping[bytes, Kind] = {
     b"6": "fifo",
 }
 _EXTENSIONS = (b"L", b"K", b"x", b"g")
+# Mode, owners, time and device: PAX may override them, or nobody needs them. But other readers take a bad number
+# anywhere for the end of the archive.
+_UNUSED = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _STRANGE = {
     b"7": "a contiguous file",
     b"A": "a Solaris ACL",
@@ -393,6 +396,7 @@ class Tar:
     def __iter__(self) -> Iterator[Entry]:
         extensions: dict[bytes, Any] = {}  # what stands before an entry: b"L", b"K" or b"x" -> its content
         count = 0
+        kind = b""
         while header := self._header():
             kind = header[156:157]
             count += kind not in (b"L", b"K", b"x")  # which are bounded, being one each for an entry
@@ -403,7 +407,7 @@ class Tar:
             else:
                 yield self._entry(header, extensions)
                 extensions = {}
-        if extensions:
+        if extensions or kind == b"g":
             raise ArchiveError("the archive ends after an extension header, before the entry it belongs to")
         self._stream.drain()  # what follows the end is no part of the archive, but its checksum is
 
@@ -432,6 +436,8 @@ class Tar:
             return None
         if _number(block[148:156], "checksum") != sum(block[:148]) + sum(block[156:]) + 8 * 0x20:
             raise ArchiveError("the checksum of an entry's header is wrong")
+        for start, end in _UNUSED:
+            _number(block[start:end], "number", blank=True)
         if block[257:265] not in (b"ustar\x0000", b"ustar  \0"):
             raise ArchiveError("an entry's header is neither ustar, PAX nor GNU tar")
         return block
@@ -451,10 +457,13 @@ class Tar:
             raise ArchiveError(f"an extension header of {size} bytes, more than {limit}")
         if kind in extensions or (extensions and (kind in b"xg" or b"x" in extensions)):
             raise ArchiveError("extension headers that don't go together stand before one entry")
-        data = self._stream.take(size)
-        self._skip(-size % BLOCK)
-        if len(data) != size:
+        whole = size + -size % BLOCK
+        data = self._stream.take(whole)
+        if len(data) != whole:
             raise ArchiveError("the archive ends in the middle of a header")
+        if any(data[size:]):  # tarfile would look for more records there
+            raise ArchiveError("an extension header with something in its padding")
+        data = data[:size]
         if kind == b"g":
             # git and others leave a comment there; what would change every later entry is honoured by few readers.
             for key in _pax_records(data):
@@ -464,8 +473,8 @@ class Tar:
             extensions[kind] = _pax_records(data)
         else:
             extensions[kind] = data.rstrip(b"\0")
-            if not extensions[kind]:
-                raise ArchiveError("a GNU long name is empty")
+            if not extensions[kind] or not data.endswith(b"\0"):
+                raise ArchiveError("a GNU long name is empty or has no end")
 
     def _entry(self, header: bytes, extensions: Mapping[bytes, Any]) -> Entry:
         flag = header[156:157]
@@ -475,7 +484,9 @@ class Tar:
         if flag not in _KINDS:
             raise ArchiveError(f"{show(path)}: {_STRANGE.get(flag, f'an entry of type {show(flag)}')}: not read")
         kind: Kind = _KINDS[flag]
-        if kind != "directory" and (not path or raw.endswith((b"/", b"/."))):
+        # The oldest readers know a directory by its slash, those after them only where the type is NUL.
+        slash = raw.endswith((b"/", b"/.")) or (flag == b"\0" and _text(header[:100]).endswith(b"/"))
+        if kind != "directory" and (not path or slash):
             raise ArchiveError(f"{show(raw)}: a {kind} with the name of a directory")
         sparse = next((key for key in pax if key.startswith(b"GNU.sparse.")), None)
         if sparse:

@@ -155,7 +155,8 @@ def child(errand: Errand, control: socket.socket) -> None:
     pid = os.fork()
     if pid == 0:
         guard(control, lambda: _init(errand, control))
-    control.close()
+    # Whoever waits for the end of a pipe waits for this process too: it keeps none.
+    _keep_only()
     linux.set_capabilities(())
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials takes it away: prctl(2)
     if os.getppid() != parent:

@@ -528,29 +528,30 @@ def probe(host: Host, scratch: str) -> dict[str, Fact]:
     """Try what devns needs or can use, each thing in a forked child of its own; what works and what does not, by id.
 
     `host` is this machine; `scratch` a directory in the store, left as it was found. A thing that does not work is a
-    Fact, never an exception.
+    Fact, never an exception; that nothing can be written to `scratch` is one too.
     """
     import shutil  # these two here, because every command imports this module and few try anything
     import tempfile
 
-    work = tempfile.mkdtemp(prefix="probe-", dir=scratch)
     facts: dict[str, Fact] = {}
+    try:
+        work = tempfile.mkdtemp(prefix="probe-", dir=scratch)
+        facts["space"] = _space_fact(host, scratch)
+    except OSError as error:
+        work = tempfile.mkdtemp(prefix="probe-")
+        why = f"nothing can be written to {escape(scratch)}: {_answer('', error.errno or E.EIO, scratch, host)[0]}"
+        facts |= {name: Fact(name, False, why, _ELSEWHERE) for name in ("space", "overlay")}
     try:
         tries = _Tries(host, work)
         for name, detail in _TRIED.items():
-            userns = facts.get("userns")
-            if userns and not userns.works and name not in _ALONE:
-                why: Problem | None = Problem(name, userns.detail, userns.remedy)
-            else:
-                why = (_READ[name](host) if name in _READ else None) or tries.problem(name)
-            facts[name] = Fact(name, False, why.message, why.remedy) if why else Fact(name, True, detail)
+            facts[name] = facts[name] if name in facts else tries.fact(name, detail, facts.get("userns"))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.chmod(f"{work}/work/work", 0o700)  # the kernel leaves it at mode 0
         shutil.rmtree(work)
     for name, package in {"pasta": "passt", "slirp4netns": "slirp4netns"}.items():
         facts[name] = _network_fact(host, name, package, facts["tun"])
-    return facts | {fact.id: fact for fact in (limits_fact(host), _space_fact(host, scratch))}
+    return {**facts, "limits": limits_fact(host)}
 
 
 class _Failed(Exception):
@@ -577,10 +578,14 @@ class _Tries:
 
         self.host, self.work, self.linux = host, work, linux
 
-    def problem(self, name: str) -> Problem | None:
-        own: Callable[[], None] = getattr(self, f"_{name}", lambda: self._enter(name))
-        failed = _in_child(own)
-        return problem(name, self.host, failed[1], op=failed[0]) if failed else None
+    def fact(self, name: str, detail: str, userns: Fact | None) -> Fact:
+        if userns and not userns.works and name not in _ALONE:
+            return Fact(name, False, userns.detail, userns.remedy)
+        why = _READ[name](self.host) if name in _READ else None
+        own: Callable[[], object] = getattr(self, f"_{name}", lambda: self._enter(name))
+        if why is None and (failed := _in_child(own)):
+            why = problem(name, self.host, failed[1], op=failed[0])
+        return Fact(name, False, why.message, why.remedy) if why else Fact(name, True, detail)
 
     def _enter(self, *names: str, maps: bool = True) -> None:
         """Into a new user namespace with those others; what is mounted there stays there."""
@@ -619,11 +624,11 @@ class _Tries:
         _again(mount)
 
     def _overlay(self) -> None:
-        for name in ("lower/old/file", "upper", "work", "merged"):
-            os.makedirs(f"{self.work}/{name}")
         self._enter("mount")
-        os.chdir(self.work)  # relative names: a comma or a colon of the path would separate options
         with _step("overlay"):
+            os.chdir(self.work)  # relative names: a comma or a colon of the path would separate options
+            for name in ("lower/old/file", "upper", "work", "merged"):
+                os.makedirs(name)
             options = "lowerdir=lower,upperdir=upper,workdir=work,userxattr"
             self.linux.mount("overlay", "merged", "overlay", 0, options)
             # What replaces a lower directory is marked by an extended attribute, or the old files would show through.
@@ -697,13 +702,15 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def _in_child(attempt: Callable[[], None], *, seconds: float = 10) -> tuple[str | None, int] | None:
+def _in_child(attempt: Callable[[], object], *, seconds: float = 10) -> tuple[str | None, int] | None:
     """Run `attempt` in a forked child: None where it went well, else the op (None: its own) and the errno."""
     heard, said = os.pipe()
     pid = os.fork()
     if pid == 0:
         verdict = ""
         try:
+            os.umask(0o077)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would leave nothing to wait for
             attempt()
             verdict = "works"
         except _Failed as failure:
@@ -733,7 +740,7 @@ def _in_child(attempt: Callable[[], None], *, seconds: float = 10) -> tuple[str 
     return None if op == "works" else (op, int(rest))
 
 
-def _again(attempt: Callable[[], None]) -> None:
+def _again(attempt: Callable[[], object]) -> None:
     """In a child of the child: only those are in its new pid or time namespace."""
     failed = _in_child(attempt)
     if failed:

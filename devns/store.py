@@ -24,12 +24,14 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from devns import linux
+from devns import durable
 from devns.errors import DevnsError, Unsupported
+from devns.trash import ForeignFiles as ForeignFiles
+from devns.trash import delete_tree as delete_tree
 
 VERSION = "1"
 
@@ -37,20 +39,14 @@ _PARTS = ("layers", "environments", "staging", "trash", "locks", "cache")
 _ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 _NAME = _ALPHANUMERIC | set("._-")
 _HEX = frozenset("0123456789abcdef")
+_OPEN = 0o755  # of a tree's own root: the mode of "/" in an environment
+_ASKING = "store@asking"  # a lock; see Store._asking
 _LEAVE = "leave every shell and command in it first"
 _ELSEWHERE = "export DEVNS_STORE=/another/directory"
 
 
 class InUse(DevnsError):
     """Somebody uses it at this moment, so it cannot go."""
-
-
-class ForeignFiles(DevnsError):
-    """What is to be deleted holds files of other user ids: `delete_tree(path)` works where those ids are mapped."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"{path}: holds files of other user ids, which can be deleted only where these are mapped")
-        self.path = path
 
 
 def is_name(name: str) -> bool:
@@ -140,17 +136,15 @@ class Environment:
     @property
     def in_use(self) -> bool:
         """Does anyone hold a lease?"""
-        lock = f"environment@{self.name}"
         with self._store._asking():
-            return os.path.lexists(self._store._lock(lock)) and self._store._is_held(lock)
+            return self._store._is_held(f"environment@{self.name}")
 
     def _require(self) -> None:
-        again = f"devns build {self.name}"
         if self.broken:
-            raise DevnsError(f"{self.name}: {self.broken}", hint=again)
+            raise DevnsError(f"{self.name}: {self.broken}", hint="try again")  # what prepares it mends it
         for path in (self.upper, *(f"{self._store.path}/layers/{key}/root" for key in self.layers)):
             if not os.path.isdir(path):
-                raise DevnsError(f"{self.name}: {path} is gone", hint=again)
+                raise DevnsError(f"{self.name}: {path} is gone", hint="try again")
 
     def _is_complete(self) -> bool:
         return not self.broken and all(map(os.path.isdir, (self.home, self.upper, self.work)))
@@ -185,11 +179,11 @@ class Store:
             except FileNotFoundError:
                 if not create:
                     return store
-                _make_private(store.path)
+                durable.make_private(store.path)
                 status = os.lstat(store.path)
             _check_private(store.path, status)
             try:
-                version = _read(f"{store.path}/version").decode("ascii", "replace").strip()
+                version = durable.read(f"{store.path}/version").decode("ascii", "replace").strip()
             except FileNotFoundError:
                 version = VERSION
                 if create:
@@ -231,7 +225,7 @@ class Store:
         with self._scratch() as path:
             staging = Staging(path)
             with _telling(path):
-                _make_open(staging.root)
+                durable.make_directory(staging.root, _OPEN)
             yield staging
 
     def commit(self, staging: Staging, key: str, record: Mapping[str, Any]) -> Layer:
@@ -246,9 +240,9 @@ class Store:
                 self._make_way(key)
                 self._pin(key)  # before it can be seen, so that nobody finds it unused
                 _write(f"{staging.path}/layer.json", dict(record))
-                _sync_file_system(staging.path)
-                if _rename_new(staging.path, final):
-                    _sync(f"{self.path}/layers")
+                durable.sync_file_system(staging.path)
+                if durable.rename_new(staging.path, final):
+                    durable.sync(f"{self.path}/layers")
                 layer = self.layer(key)
         if layer is None:
             raise DevnsError(f"{final}: went as soon as it was made", hint="try again")
@@ -276,7 +270,7 @@ class Store:
                         name = environment.name
                         raise InUse(f"{key}: in use by the environment {name}", hint=f"devns remove {name}")
                 trashed = self._trash(path)
-                _unlink(self._lock(lock))
+                os.unlink(self._lock(lock))
             delete_tree(trashed)
 
     # --- environments -------------------------------------------------------------------------------------------------
@@ -300,7 +294,7 @@ class Store:
     def environments(self) -> Iterator[Environment]:
         """All of them, sorted by name, the broken ones too."""
         for name in self._list("environments"):
-            found = self.environment(name) if is_name(name) else Environment(self, name, None, "no name that devns gives")
+            found = self.environment(name) if is_name(name) else Environment(self, name, None, "no name devns gives")
             if found is not None:
                 yield found
 
@@ -311,26 +305,24 @@ class Store:
         another one than before and something was written over that: it is kept, and back when the list is.
         """
         wanted = json.loads(json.dumps(dict(record)))  # as it will be read again
-        saved = _checked_record({"upper": upper_name(wanted["layers"]), "record": wanted})
+        layers = wanted["layers"]
+        saved = _checked_record({"upper": upper_name(layers), "record": wanted})
         before = self.environment(name)
         if before is not None and before.record == wanted and before._is_complete():
             return before, False
         with _telling(f"{self.path}/environments/{name}"):
-            for key in wanted["layers"]:
+            for key in layers:
                 if self.layer(key) is None:
-                    raise DevnsError(f"{name}: its layer {key} is not in the store", hint=f"devns build {name}")
+                    raise DevnsError(f"{name}: its layer {key} is not in the store", hint="try again")
             with self._held(f"environment@{name}", fcntl.LOCK_SH):  # so that it is not removed meanwhile
                 before = self.environment(name)
-                if before is None:
+                if before is None or not os.path.isdir(before.path):
                     self._create_environment(name, saved)
                 self._update_environment(name, saved)
-                after = self.environment(name)
-        if after is None or after.record != wanted:
-            raise DevnsError(f"{name}: another devns gave it other layers", hint="try again")
-        for key in wanted["layers"]:
+        for key in layers:
             self._unpin(key)
-        old = before.upper if before is not None else ""
-        return after, old not in ("", after.upper) and _holds_something(old)
+        made = Environment(self, name, saved)
+        return made, before is not None and before.upper not in ("", made.upper) and _holds_something(before.upper)
 
     def remove(self, name: str) -> None:
         """Remove an environment with all that was written in it; its layers stay.
@@ -346,7 +338,7 @@ class Store:
             lock = f"environment@{name}"
             with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{name}: in use", _LEAVE):
                 trashed = self._trash(path)
-                _unlink(self._lock(lock))
+                os.unlink(self._lock(lock))
             delete_tree(trashed)
 
     # --- locks and leftovers ------------------------------------------------------------------------------------------
@@ -368,13 +360,13 @@ class Store:
         Cheap where there is nothing. What cannot be deleted now is left for the next time.
         """
         for name in self._list("staging"):
-            with _passing_over():
+            with suppress(DevnsError, OSError):
                 self._complete()
                 with self._held(f"staging@{name}", fcntl.LOCK_EX | fcntl.LOCK_NB):
                     self._trash(f"{self.path}/staging/{name}")
         foreign = []
         for name in self._list("trash"):
-            with _passing_over():
+            with suppress(DevnsError, OSError):
                 try:
                     delete_tree(f"{self.path}/trash/{name}")
                 except ForeignFiles as error:
@@ -384,15 +376,16 @@ class Store:
 
     def _collect_locks(self) -> None:
         """Delete the lock files of what is not there any more."""
-        parts = {"layer": "layers", "environment": "environments", "staging": "staging", "": "layers"}
+        parts = {"environment": "environments", "staging": "staging"}
         for entry in self._list("locks"):
             lock = entry.removesuffix(".lock")
-            kind, at, name = lock.rpartition("@")
-            if lock == _ASKING or os.path.lexists(f"{self.path}/{parts.get(kind, 'layers')}/{name}"):
+            kind, _, name = lock.rpartition("@")
+            path = f"{self.path}/{parts.get(kind, 'layers')}/{name}"
+            if lock == _ASKING or os.path.lexists(path):
                 continue
-            with _passing_over(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if not os.path.lexists(f"{self.path}/{parts.get(kind, 'layers')}/{name}"):
-                    _unlink(self._lock(lock))
+            with suppress(DevnsError, OSError), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if not os.path.lexists(path):
+                    os.unlink(self._lock(lock))
 
     # --- making things ------------------------------------------------------------------------------------------------
 
@@ -401,16 +394,18 @@ class Store:
         if not {*_PARTS, "version"}.issuperset(os.listdir(self.path)):
             raise DevnsError(f"{self.path}: holds other things than a store", hint=_ELSEWHERE)
         with self._scratch() as path:
-            _write_file(f"{path}/version", f"{VERSION}\n".encode())
+            durable.write(f"{path}/version", f"{VERSION}\n".encode())
             os.rename(f"{path}/version", f"{self.path}/version")
-        _sync(self.path)
-        _sync(os.path.dirname(self.path))
+            with self._asking():  # its file is there from now on: things can go where no space is left for a new one
+                pass
+        durable.sync(self.path)
+        durable.sync(os.path.dirname(self.path))
 
     def _complete(self) -> None:
         """Make those of the store's own directories that are missing: who frees a disk by hand takes them along."""
         for part in _PARTS:
             if not os.path.isdir(f"{self.path}/{part}"):
-                _make_private(f"{self.path}/{part}")
+                durable.make_private(f"{self.path}/{part}")
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
@@ -425,42 +420,219 @@ class Store:
                     os.mkdir(path, 0o700)
                 yield path
             finally:
-                with _passing_over():  # what led here matters more, and collect() tries again
+                with suppress(DevnsError, OSError):  # what led here matters more, and collect() tries again
                     if os.path.lexists(path):
                         delete_tree(path)
-                    _unlink(self._lock(lock))
+                    os.unlink(self._lock(lock))
 
     def _create_environment(self, name: str, saved: dict[str, Any]) -> None:
-        """Make it as a whole; where another process was faster, nothing."""
+        """Make it as a whole; nothing where another process was faster."""
+        final = f"{self.path}/environments/{name}"
         with self._scratch() as path:
             os.mkdir(f"{path}/home", 0o700)
             _make_upper(f"{path}/{saved['upper']}")
             _write(f"{path}/environment.json", saved)
-            _sync(path)
-            _rename_new(path, f"{self.path}/environments/{name}")
-        _sync(f"{self.path}/environments")
+            durable.sync(path)
+            if os.path.lexists(final) and not os.path.isdir(final):
+                delete_tree(self._trash(final))
+            durable.rename_new(path, final)
+        durable.sync(f"{self.path}/environments")
 
     def _update_environment(self, name: str, saved: dict[str, Any]) -> None:
-        """Make what is missing, and the record last: it never names what is not there."""
-        place = f"{self.path}/environments/{name}"
+        """Make what is missing or damaged, and the record last: it never names what is not there."""
         now = self.environment(name)
         if now is not None and now.record == saved["record"] and now._is_complete():
             return
-        if not os.path.isdir(place):
-            self._replace(None, place)
-            return self._create_environment(name, saved)
-        _make_private(f"{place}/home")
+        place = f"{self.path}/environments/{name}"
         upper = f"{place}/{saved['upper']}"
         with self._scratch() as path:
-            if not os.path.isdir(upper):
+            self._as_directory(f"{place}/home")
+            if not os.path.lexists(upper):
                 _make_upper(f"{path}/upper")
-                self._replace(f"{path}/upper", upper)
-            for part in ("root", "work"):
-                if not os.path.isdir(f"{upper}/{part}"):
-                    _make_open(f"{upper}/{part}")
+                durable.rename_new(f"{path}/upper", upper)
+            for directory in (upper, f"{upper}/root", f"{upper}/work"):
+                self._as_directory(directory)
             _write(f"{path}/environment.json", saved)
-            self._replace(f"{path}/environment.json", f"{place}/environment.json")
-        _sync(place)
+            if os.path.isdir(f"{place}/environment.json"):
+                delete_tree(self._trash(f"{place}/environment.json"))
+            os.rename(f"{path}/environment.json", f"{place}/environment.json")
+        durable.sync(place)
+
+    def _as_directory(self, path: str) -> None:
+        """Make a directory where somebody took it away; what is there instead goes."""
+        if not os.path.isdir(path):
+            if os.path.lexists(path):
+                delete_tree(self._trash(path))
+            durable.make_directory(path, _OPEN)
 
     def _make_way(self, key: str) -> None:
-        """Remove what has the name of a layer and is none: its record was damaged."""
+        """Remove what has the name of a layer but is damaged."""
+        path = f"{self.path}/layers/{key}"
+        if not os.path.lexists(path) or self._read_layer(key) is not None:
+            return
+        lock = f"layer@{key}"
+        with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{path}: damaged, and in use", _LEAVE):
+            trashed = self._trash(path) if self._read_layer(key) is None else None
+        if trashed:
+            with suppress(DevnsError, OSError):  # collect() tries again; the layer in its place is worth more
+                delete_tree(trashed)
+
+    def _trash(self, path: str) -> str:
+        """Take away a name, for good before anything beneath it is deleted. The value is what to delete."""
+        trashed = f"{self.path}/trash/{os.urandom(8).hex()}"
+        os.rename(path, trashed)
+        durable.sync(os.path.dirname(path))
+        durable.sync(os.path.dirname(trashed))
+        return trashed
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _list(self, part: str) -> list[str]:
+        with _telling(f"{self.path}/{part}"):
+            try:
+                return sorted(os.listdir(f"{self.path}/{part}"))
+            except FileNotFoundError:
+                return []
+
+    def _read_layer(self, key: str) -> Layer | None:
+        path = f"{self.path}/layers/{key}"
+        try:
+            layer = Layer(key, path, _load(f"{path}/layer.json"))
+        except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        return layer if os.path.isdir(layer.root) else None
+
+    # --- locks --------------------------------------------------------------------------------------------------------
+
+    def _lock(self, name: str) -> str:
+        return f"{self.path}/locks/{name}.lock"
+
+    def _take(self, name: str, operation: int, busy: str = "", hint: str | None = None) -> int:
+        """A descriptor that holds a lock until it is closed. InUse(busy) for LOCK_NB where somebody else does."""
+        path = self._lock(name)
+        with _telling(path):
+            try:
+                try:
+                    return durable.flock(path, operation)
+                except FileNotFoundError:
+                    durable.make_private(os.path.dirname(path))
+                    return durable.flock(path, operation)
+            except BlockingIOError:
+                raise InUse(busy, hint=hint) from None
+
+    @contextmanager
+    def _held(self, name: str, operation: int, busy: str = "", hint: str | None = None) -> Iterator[None]:
+        fd = self._take(name, operation, busy, hint)
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Be the only one who asks whether something is in use.
+
+        That is asked by taking its lock for a moment, and another who asks must not take that for a use.
+        """
+        with self._held(_ASKING, fcntl.LOCK_EX):
+            yield
+
+    def _is_held(self, lock: str) -> bool:
+        if not os.path.lexists(self._lock(lock)):
+            return False
+        try:
+            with self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+        except InUse:
+            return True
+
+    def _pin(self, key: str) -> None:
+        if key not in self._pins:
+            self._pins[key] = self._take(f"layer@{key}", fcntl.LOCK_SH)
+
+    def _unpin(self, key: str) -> None:
+        if key in self._pins:
+            os.close(self._pins.pop(key))
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _telling(path: str) -> Iterator[None]:
+    """What the kernel refuses becomes the sentence that the user reads."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        what = error.filename if isinstance(error.filename, str) and error.filename.startswith("/") else path
+        said = f"{what}: {os.strerror(number).lower()}"
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise DevnsError(said, hint=f"free some space, or {_ELSEWHERE}") from error
+        if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS):
+            raise Unsupported(f"{said}: this file system cannot hold a store", hint=_ELSEWHERE) from error
+        raise DevnsError(said, hint="ulimit -n 1024" if number == errno.EMFILE else None) from error
+
+
+def _checked(text: str, fits: Callable[[str], bool]) -> str:
+    if not fits(text):
+        raise DevnsError(f"{text!a}: no name of anything in the store")
+    return text
+
+
+def _checked_record(saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved`, if it is what an environment.json holds; else ValueError."""
+    record, upper = saved.get("record"), saved.get("upper")
+    layers = record.get("layers") if isinstance(record, dict) else None
+    if not isinstance(layers, list) or not all(isinstance(key, str) and is_key(key) for key in layers):
+        raise ValueError("it names no layers")
+    if not isinstance(upper, str) or upper[:6] != "upper-" or len(upper) != 18 or not _HEX.issuperset(upper[6:]):
+        raise ValueError("it names no upper directory")
+    return saved
+
+
+def _check_private(path: str, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise DevnsError(f"{path}: a symbolic link, where the store itself must stand", hint=_ELSEWHERE)
+    if not stat.S_ISDIR(status.st_mode):
+        raise DevnsError(f"{path}: not a directory", hint=_ELSEWHERE)
+    if status.st_uid != os.geteuid():
+        said = f"{path}: belongs to the user id {status.st_uid}, and you are {os.geteuid()}"
+        raise DevnsError(said, hint=_ELSEWHERE)
+    if status.st_mode & 0o777 != 0o700:
+        import shlex
+
+        said = f"{path}: its mode is {status.st_mode & 0o777:04o}, and a store must be closed to others"
+        raise DevnsError(said, hint=f"chmod 700 {shlex.quote(path)}")
+
+
+def _write(path: str, value: dict[str, Any]) -> None:
+    durable.write(path, json.dumps(value, indent=1).encode())
+
+
+def _load(path: str) -> dict[str, Any]:
+    """A JSON object; ValueError where the file holds anything else."""
+    try:
+        value = json.loads(durable.read(path))
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _make_upper(path: str) -> None:
+    os.mkdir(path, 0o700)
+    durable.make_directory(f"{path}/root", _OPEN)
+    os.mkdir(f"{path}/work", 0o700)
+    durable.sync(path)
+
+
+def _holds_something(directory: str) -> bool:
+    try:
+        with os.scandir(directory) as entries:
+            return next(entries, None) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:  # not ours to read, so somebody wrote there
+        return True

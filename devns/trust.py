@@ -113,13 +113,15 @@ def trust(document: Document, host: Host, *, expect: str | None = None) -> str:
 
 def untrust(path: str, host: Host) -> bool:
     """Forget every record of the project file at `path`, or of the one in the directory `path`. Was there any?"""
-    place = host.realpath(path)
-    names = [name for name, record in _records(host) if record["path"] in (place, f"{place}/{FILE}")]
+    directory, name = os.path.split(path)
+    # The file itself may have become a link since: its directory is what is resolved.
+    file = f"{host.realpath(directory if name == FILE else path)}/{FILE}"
+    names = [name for name, record in _records(host) if record["path"] == file]
     try:
-        with _directory(host) as directory:
-            if directory is not None:
+        with _directory(host) as opened:
+            if opened is not None:
                 for name in names:
-                    _unlink(name, directory)
+                    _unlink(name, opened)
     except OSError as problem:
         raise _unwritable(host, problem) from None
     return bool(names)

@@ -47,8 +47,9 @@ def understand(name: str | None, bench: Bench, options: Options = Options()) -> 
     """
     claims = bench.hooks.claims()
     document = template.load(name, bench.host, claims=claims)
+    spec = make_spec(document, claims)  # first: a mistake is told as what it is, and not as a wish for trust
     trust.require(document, bench.host)
-    return adjusted(make_spec(document, claims), options)
+    return adjusted(spec, options)
 
 
 def adjusted(spec: Spec, options: Options) -> Spec:

@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 PARAGRAPH_MAX = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,127}")
 _FILENAME = re.compile(r"(?!(?:.*/)?\.\.?/)[A-Za-z0-9][A-Za-z0-9._+~:@%=,-]*(?:/[A-Za-z0-9._+~:@%=,-]+)*\.deb")
-_RELATION = re.compile(
-    r"([a-z0-9][a-z0-9+.-]*)(?::([a-z0-9-]+))?(?:\s*\(\s*(<<|<=|=|>=|>>|<|>)\s*([^\s()]+)\s*\))?"
-)
+_RELATION = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::([a-z0-9-]+))?(?:\s*\(\s*(<<|<=|=|>=|>>|<|>)\s*([^\s()]+)\s*\))?")
 _FIELD = re.compile(r"([A-Za-z][A-Za-z0-9-]*):[ \t]*(.*)")
 _PRIORITIES = {"required": 1, "important": 2, "standard": 3, "optional": 4, "extra": 5}
 
 # The order in which apt meets the names of a paragraph, see `Index.mentioned`.
-_MENTIONS = ("Pre-Depends", "Depends", "Conflicts", "Breaks", "Recommends", "Suggests", "Replaces", "Enhances", "Provides")
+_MENTIONS = tuple("Pre-Depends Depends Conflicts Breaks Recommends Suggests Replaces Enhances Provides".split())
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,10 @@ class Packages:
     offsets: Mapping[str, Sequence[int]]
 
 
+def is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
+
+
 def decompress(data: bytes, packing: str, size: int) -> bytes:
     """At most `size` bytes from `data` ("" plain, ".gz", ".xz"). Untrusted unless it is exactly that much."""
     try:
@@ -102,7 +104,8 @@ def decompress(data: bytes, packing: str, size: int) -> bytes:
     except (lzma.LZMAError, zlib.error) as error:
         raise Untrusted(f"Packages{packing}: damaged: {error}") from error
     if len(unpacked) != size:
-        raise Untrusted(f"Packages{packing}: {'more' if len(unpacked) > size else 'less'} than the {size} bytes promised")
+        order = "more" if len(unpacked) > size else "less"
+        raise Untrusted(f"Packages{packing}: {order} than the {size} bytes promised")
     return unpacked
 
 
@@ -176,7 +179,7 @@ class Index:
                 (
                     (number, start, *within)
                     for number, packages in enumerate(self.files)
-                    for start, within in _mentions(packages.data, name)
+                    for start, within in _mentions(packages, name)
                 ),
                 (len(self.files),),
             )
@@ -250,7 +253,7 @@ def relations(text: str, where: str) -> tuple[Group, ...]:
     return tuple(tuple(_relation(part.strip(), where) for part in group.split("|")) for group in groups if group)
 
 
-# --- helpers -------------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _relation(text: str, where: str) -> Relation:
@@ -309,28 +312,32 @@ def _names_provided(files: Sequence[Packages]) -> dict[str, list[str]]:
     return {name: list(providers) for name, providers in provided.items()}
 
 
-def _mentions(data: bytes, name: str) -> Iterator[tuple[int, tuple[int, int]]]:
+def _mentions(packages: Packages, name: str) -> Iterator[tuple[int, tuple[int, int]]]:
     """(start of the paragraph, (field, place in it)) of the first paragraph that mentions `name`, if there is one."""
-    word = name.encode()
-    for at in _everywhere(data, word):
+    data = packages.data
+    own = min(packages.offsets.get(name, [len(data)]))  # its own paragraph does, so nothing behind it is the first
+    at = data.find(name.encode(), 0, own)
+    while at >= 0:
         line = data.rfind(b"\n", 0, at) + 1
-        if data[line:at].split(b":")[0].decode("ascii", "replace") not in (*_MENTIONS, "Package"):
-            continue
-        start = _start(data, at)
-        stop = data.find(b"\n\n", at)
-        text = data[start : stop if stop >= 0 else len(data)].decode("ascii", "replace")
-        places = _places(text, name)
-        if places:
-            yield start, min(places)
-            return
+        if data[line:at].split(b":")[0].decode("ascii", "replace") in _MENTIONS:
+            start = _start(data, at)
+            stop = data.find(b"\n\n", at)
+            text = data[start : stop if stop >= 0 else len(data)].decode("ascii", "replace")
+            if places := _places(text, name):
+                yield start, min(places)
+                return
+        at = data.find(name.encode(), at + 1, own)
+    if own < len(data):
+        yield own, (-1, 0)
 
 
 def _places(text: str, name: str) -> list[tuple[int, int]]:
-    places = [(-1, 0)] if text.startswith(f"Package: {name}\n") else []
+    """Where a paragraph names `name` in a relationship: (field, place in it), as `_MENTIONS` counts them."""
+    places = []
     for number, key in enumerate(_MENTIONS):
         if match := re.search(rf"(?m)^{key}: (.*)$", text):
+            names = re.sub(r"\([^)]*\)", "", match[1])
             # "name:any" is another name in apt's cache.
-            word = re.search(rf"(?<![A-Za-z0-9+.:-]){re.escape(name)}(?![A-Za-z0-9+.:-])", re.sub(r"\([^)]*\)", "", match[1]))
-            if word:
+            if word := re.search(rf"(?<![A-Za-z0-9+.:-]){re.escape(name)}(?![A-Za-z0-9+.:-])", names):
                 places.append((number, word.start()))
     return places

@@ -6,7 +6,6 @@ A mirror is the root of an archive: the URL above `dists/`. What it sends is ver
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ def hide(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-# --- what the user said ------------------------------------------------------------------------------------------------
+# --- what the user said ---------------------------------------------------------------------------------------------
 
 
 def _said(host: Host) -> tuple[str | None, str | None, str]:
@@ -160,7 +159,7 @@ def _config(host: Host, path: str) -> Mapping[str, object]:
     except tomli.TOMLDecodeError as error:
         raise TemplateError(f"{path}: not TOML: {error}") from error
     if not isinstance(table, dict):
-        raise TemplateError(f"{path}: debian: not a table", hint="[debian]\nmirror = \"https://.../debian\"")
+        raise TemplateError(f"{path}: debian: not a table", hint='[debian]\nmirror = "https://.../debian"')
     if unknown := sorted(set(table) - {"mirror", "security"}):
         raise TemplateError(f"{path}: debian.{unknown[0]}: no such key", hint="the keys are mirror and security")
     return table
@@ -172,7 +171,7 @@ def check(url: object, origin: str) -> str | None:
         return None
     parts = urlsplit(url) if isinstance(url, str) and url.isprintable() and " " not in url else None
     if parts is None or parts.scheme not in ("http", "https", "file") or parts.query or parts.fragment:
-        raise TemplateError(f"{origin}: not the URL of a mirror: {url!r}", hint="http://, https:// or file:// and a path")
+        raise TemplateError(f"{origin}: not a mirror's URL: {url!r}", hint="http://, https:// or file:// and a path")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):
         raise TemplateError(f"{origin}: not a file on this machine: {url!r}", hint="file:///path/to/mirror")
     if parts.scheme != "file" and not parts.hostname:
@@ -180,7 +179,7 @@ def check(url: object, origin: str) -> str | None:
     return str(url).rstrip("/")
 
 
-# --- the host's apt sources ----------------------------------------------------------------------------------------------
+# --- the host's apt sources -----------------------------------------------------------------------------------------
 
 
 def _sources(host: Host) -> Iterator[tuple[str, Archive, bool | None]]:
@@ -254,10 +253,11 @@ def parse_deb822(text: str) -> Iterator[Entry]:
 
 
 def _expand(host: Host, uri: str) -> Iterator[str]:
-    """`uri` itself, or what the mirror list holds that it names: apt-transport-mirror(1), for a list on this machine."""
+    """`uri` itself, or what is in the list on this machine that it names. apt-transport-mirror(1)"""
     if uri.startswith("mirror+file:"):
         path = "/" + unquote(uri.removeprefix("mirror+file:")).lstrip("/")
-        yield from (line.split()[0] for line in (host.read(path) or "").split("\n") if line.strip()[:1] not in ("", "#"))
+        lines = (line.strip() for line in (host.read(path) or "").split("\n"))
+        yield from (line.split()[0] for line in lines if line and not line.startswith("#"))
     else:
         yield uri
 
@@ -275,7 +275,7 @@ def _archive(uri: str, entry: Entry) -> Archive | None:
     return "security" if suite[1] or suite[2] else "main"
 
 
-# --- apt.conf ------------------------------------------------------------------------------------------------------------
+# --- apt.conf -------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r'"((?:[^"\\\n]|\\.)*)"|([{};])|(?://|#(?!clear|include))[^\n]*|/\*(?s:.*?)\*/|([^\s{};"]+)')
 

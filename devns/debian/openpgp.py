@@ -6,10 +6,12 @@ good for one suite says nothing about another. docs/decisions/0003-openpgp.md te
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from devns.debian.errors import Untrusted
 from devns.errors import Unsupported
@@ -48,6 +50,14 @@ _LINE_MAX = 1 << 16
 
 
 @dataclass(frozen=True)
+class Trust:
+    """Who may sign one suite: OpenPGP certificates, armored or not, and the primary fingerprints that count."""
+
+    certificates: tuple[bytes, ...]
+    fingerprints: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Signed:
     """What was signed, byte for byte as the verifier gave it out, and the primary fingerprints of who did."""
 
@@ -55,36 +65,35 @@ class Signed:
     signers: tuple[str, ...]
 
 
-def keys(pins: Sequence[Key]) -> tuple[bytes, ...]:
-    """The shipped certificates of `pins`."""
-    place = Path(__file__).parent / "keys"
-    return tuple((place / pin.file).read_bytes() for pin in pins)
+def pinned(suite: str) -> Trust:
+    """Debian's own keys for `suite`."""
+    place, pins = Path(__file__).parent / "keys", PINS[suite]
+    return Trust(tuple((place / pin.file).read_bytes() for pin in pins), frozenset(pin.fingerprint for pin in pins))
 
 
-def verify(data: bytes, *, certificates: Sequence[bytes], fingerprints: Sequence[str], name: str) -> Signed:
-    """The text that a cleartext-signed file carries. Untrusted unless one of `fingerprints` validly signed all of it.
+def verify(data: bytes, trust: Trust, *, name: str, now: float) -> Signed:
+    """The text that a cleartext-signed file carries. Untrusted unless somebody of `trust` validly signed all of it.
 
     Only the bytes that come out here may be parsed: what stands before, after or between never reaches the caller.
-    `certificates` are OpenPGP certificates, armored or not; one that isn't among the primary `fingerprints` is dropped.
-    Expired and revoked keys, SHA-1 and MD5, short RSA keys and future signatures are refused by Sequoia's policy.
+    Revoked keys, SHA-1 and MD5, short RSA keys and signatures from the future are refused by Sequoia's policy; a key
+    that has expired by `now` (seconds since the epoch) is refused here.
     """
     refuse_odd_shape(data, name)
     sequoia = _sequoia()
-    wanted = {fingerprint.lower() for fingerprint in fingerprints}
-    pinned = [cert for cert in map(sequoia.Cert.from_bytes, certificates) if cert.fingerprint.lower() in wanted]
-    if not pinned:
-        raise Untrusted(f"{name}: no key is known that could have signed it")
+    refused = f"{name}: not signed by a key that is good for it"
+    hint = "a mirror of something else, a damaged download, or a wrong clock on this machine"
     try:
-        result = sequoia.verify(bytes=data, store=lambda ids: pinned)
-    except Exception as error:  # PyO3 turns every error of Sequoia's into RuntimeError, some into OSError
-        raise Untrusted(
-            f"{name}: not signed by a key that is good for it: {_first_line(error)}",
-            hint="a mirror of something else, a damaged download, or a wrong clock on this machine",
-        ) from error
-    signers = tuple(str(signature.certificate).lower() for signature in result.valid_sigs)
-    if not wanted.intersection(signers) or result.bytes is None:
-        raise Untrusted(f"{name}: not signed by a key that is good for it")
-    return Signed(bytes(result.bytes), signers)
+        certificates = [sequoia.Cert.from_bytes(certificate) for certificate in trust.certificates]
+        known = {c.fingerprint.lower(): c for c in certificates if c.fingerprint.lower() in trust.fingerprints}
+        result = sequoia.verify(bytes=data, store=lambda ids: list(known.values()))
+    except Exception as error:  # PyO3 makes every error of Sequoia's a RuntimeError, some an OSError or ValueError
+        raise Untrusted(f"{refused}: {_first_line(error)}", hint=hint) from error
+    signers = {s.certificate.lower(): s.signing_key for s in result.valid_sigs if s.certificate.lower() in known}
+    # Sequoia asks whether a key was good when it says that it signed; whoever has an expired key can say anything.
+    good = tuple(signer for signer, key in signers.items() if _expiry(known[signer], key) > now)
+    if not good or result.bytes is None:
+        raise Untrusted(f"{refused}: {'its key has expired' if signers else 'nobody known signed it'}", hint=hint)
+    return Signed(bytes(result.bytes), good)
 
 
 def refuse_odd_shape(data: bytes, name: str) -> None:
@@ -115,14 +124,35 @@ def refuse_odd_shape(data: bytes, name: str) -> None:
     raise Untrusted(f"{name}: not a file that Debian signs: {odd}", hint="what answers there is no Debian mirror")
 
 
-def _sequoia():  # type: ignore[no-untyped-def]  # the module itself, imported where a build needs it
+def _sequoia() -> ModuleType:
+    """The library, imported only where something is verified: 9 MB."""
     try:
         import pysequoia
     except ImportError as error:
-        raise Unsupported(
-            f"Debian's signatures can't be checked here: {error}", hint="pip install pysequoia"
-        ) from error
+        raise Unsupported(f"Debian's signatures can't be checked: {error}", hint="pip install pysequoia") from error
     return pysequoia
+
+
+def _expiry(certificate: Any, signing_key: str) -> float:
+    """When the certificate or its subkey `signing_key` expires, in seconds since the epoch.
+
+    The packets are read without checking them again, which can only shorten a key's life: they are from a pinned
+    certificate, and Sequoia has verified those that it relied on.
+    """
+    from pysequoia.packet import PacketPile, Tag
+
+    expires = certificate.expiration.timestamp() if certificate.expiration else math.inf
+    bindings: dict[float, float] = {}  # when it was made, until when the subkey is good; the newest counts
+    key: Any = None
+    bound = False
+    for packet in PacketPile.from_bytes(bytes(certificate)):
+        if packet.tag in (Tag.PublicKey, Tag.PublicSubkey):
+            key = packet
+            bound = key.tag == Tag.PublicSubkey and key.fingerprint == signing_key
+        elif packet.tag == Tag.Signature and bound and key.key_created and packet.key_validity_period:
+            made = packet.signature_created.timestamp() if packet.signature_created else 0.0
+            bindings[made] = (key.key_created + packet.key_validity_period).timestamp()
+    return float(min(expires, bindings[max(bindings)] if bindings else math.inf))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Release files: what a suite holds, believed only after its signature, its name, its age and its order were checked."""
+"""Release files: what a suite holds, believed only once its signature, name, age and order have been checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from devns.debian import openpgp
@@ -46,8 +46,7 @@ def read(
     *,
     suite: str,
     architecture: str,
-    certificates: Sequence[bytes],
-    fingerprints: Sequence[str],
+    trust: openpgp.Trust,
     now: float,
     fresh: bool = True,
 ) -> Release:
@@ -56,7 +55,7 @@ def read(
     `now` is in seconds since the epoch; `fresh=False` leaves Valid-Until unread, as apt's Acquire::Check-Valid-Until.
     """
     name = f"{suite}/InRelease"
-    signed = openpgp.verify(data, certificates=certificates, fingerprints=fingerprints, name=name)
+    signed = openpgp.verify(data, trust, name=name, now=now)
     release = parse(signed.text, suite=suite, architecture=architecture, signers=signed.signers)
     if fresh and release.valid_until is not None and release.valid_until < now:
         raise Untrusted(
@@ -76,8 +75,7 @@ def parse(text: bytes, *, suite: str, architecture: str, signers: tuple[str, ...
     said = fields.get("codename", "")
     if said != suite:
         raise Untrusted(f"{name}: it is the file of {said or 'no suite'}, not of {suite}")
-    codename, _, pocket = suite.partition("-")
-    if pocket != fields.get("suite", "").partition("-")[2]:
+    if suite.partition("-")[2] != fields.get("suite", "").partition("-")[2]:
         raise Untrusted(f"{name}: it calls itself {fields.get('suite')!r}, which is no name of {suite}")
     if fields.get("origin") != "Debian" or fields.get("label") not in ("Debian", "Debian-Security"):
         raise Untrusted(f"{name}: it is not Debian's: origin {fields.get('origin')!r}, label {fields.get('label')!r}")
@@ -108,11 +106,11 @@ def index(release: Release, architecture: str) -> tuple[Entry, tuple[tuple[str, 
     return release.files[path], tuple((kind, entry) for kind, entry in packed if entry is not None)
 
 
-# --- rollback ------------------------------------------------------------------------------------------------------------
+# --- rollback -------------------------------------------------------------------------------------------------------
 
 
 def refuse_older(release: Release, directory: str) -> None:
-    """Untrusted where a newer Release of this suite was verified before: old data with a good signature is an attack."""
+    """Untrusted where a newer Release of this suite was verified before: old data, well signed, is an attack."""
     path = _record(directory, release.suite)
     try:
         with open(path, encoding="utf-8") as file:
@@ -140,7 +138,7 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-# --- helpers -------------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _record(directory: str, suite: str) -> str:
@@ -186,6 +184,6 @@ def _time(text: str | None) -> int | None:
     if parsed is None or not re.search(r"(?:UTC|GMT|\+0000)$", text or ""):
         return None
     try:
-        return calendar.timegm(parsed[:6] + (0, 0, 0))
+        return calendar.timegm((*parsed[:6], 0, 0, 0))
     except (ValueError, OverflowError):
         return None

@@ -8,9 +8,8 @@ more solutions would find others than apt does, and the root's own apt would wan
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from devns.debian import version
 from devns.debian.index import Group, Index, Package, Paragraph, Relation
@@ -112,7 +111,7 @@ class _Marks:
                 return [f"{name} conflicts with {enemy}"]
         return []
 
-    # --- questions -------------------------------------------------------------------------------------------------------
+    # --- questions ---------------------------------------------------------------------------------------------------
 
     def _paragraph(self, name: str) -> Paragraph:
         paragraph = self.index.candidate(name)
@@ -161,7 +160,8 @@ class _Marks:
         return [p for p in self._solutions(relation) if p.package.name != paragraph.package.name]
 
     def _enemy(self, paragraph: Paragraph, relation: Relation) -> str | None:
-        return next((p.package.name for p in self._enemies(paragraph, relation) if p.package.name in self.installed), None)
+        names = (p.package.name for p in self._enemies(paragraph, relation))
+        return next((name for name in names if name in self.installed), None)
 
     def _is_broken(self, paragraph: Paragraph) -> bool:
         return not all(map(self._satisfied, paragraph.depends)) or any(
@@ -174,32 +174,32 @@ class _Marks:
             return f"there is no {relation.name}"
         return f"{relation.name} is {candidate.package.version}"
 
-    def _choices(self, group: Group) -> list[Paragraph]:
-        """What could satisfy `group`, in the order in which apt tries it."""
-        found: list[Paragraph] = []
+    def _choices(self, group: Group) -> list[list[str]]:
+        """What could satisfy `group`, in the order in which apt tries it; see `_in_order` for the inner lists."""
+        found: list[list[str]] = []
         for relation in group:
-            usable = [p for p in self._solutions(relation) if p.package.name not in self.discarded]
-            found += self._preferred(relation.full_name, usable)
-        names = [p.package.name for p in found]
-        found = [p for at, p in enumerate(found) if at == 0 or names[at - 1] != names[at]]
+            found += self._preferred(relation.full_name, self._solutions(relation))
         # Protected and not installed: a request says that it must not come.
-        return [p for p in found if p.package.name not in self.protected or p.package.name in self.installed]
+        unwanted = self.protected - self.installed
+        return [names for row in found if (names := [name for name in row if name not in unwanted])]
 
-    def _preferred(self, target: str, found: list[Paragraph]) -> list[Paragraph]:
+    def _preferred(self, target: str, found: Iterable[Paragraph]) -> list[list[str]]:
         """apt's CompareProviders: what is wanted anyway, the package of that name, Essential, Important, Priority."""
-
-        def order(p: Paragraph) -> tuple[Any, ...]:
+        rows: dict[tuple[bool, bool, bool, bool, int], list[str]] = {}
+        for p in found:
             name = p.package.name
-            return (name not in self.protected, name != target, not p.package.essential, not p.important, p.rank)
+            if name not in self.discarded:
+                order = (name not in self.protected, name != target, not p.package.essential, not p.important, p.rank)
+                rows.setdefault(order, []).append(name)
+        return [rows[order] for order in sorted(rows)]
 
-        ordered = sorted(found, key=order)
-        if len({order(p) for p in ordered}) == len(ordered):
-            return ordered
-        # The last resort is expensive to find out, so it is only asked for in a tie; sorted() is stable.
-        latest_first = sorted(ordered, key=lambda p: self.index.mentioned(p.package.name), reverse=True)
-        return sorted(latest_first, key=order)
+    def _in_order(self, rows: Iterable[list[str]]) -> Iterator[str]:
+        """Each of `rows` in turn. What is equal to apt otherwise it takes by age in its cache: dear to find out, so it
+        is asked for as late as possible."""
+        for row in rows:
+            yield from sorted(row, key=self.index.mentioned, reverse=True) if len(row) > 1 else row
 
-    # --- marking ---------------------------------------------------------------------------------------------------------
+    # --- marking -----------------------------------------------------------------------------------------------------
 
     def _mark(self, name: str, *, deep: bool, requested: bool = False) -> Marking:
         """MarkInstall: mark `name` and, if `deep`, what it needs. False where that can't be."""
@@ -241,8 +241,7 @@ class _Marks:
         name = paragraph.package.name
         failed = False
         for relation in relations:
-            usable = [p for p in self._enemies(paragraph, relation) if p.package.name not in self.discarded]
-            for enemy in (p.package.name for p in self._preferred(relation.full_name, usable)):
+            for enemy in self._in_order(self._preferred(relation.full_name, self._enemies(paragraph, relation))):
                 if enemy in self.installed and enemy in self.protected:
                     failed = True
                     self.blames.setdefault(name, _Blame(conflict=enemy))
@@ -259,16 +258,17 @@ class _Marks:
         failed = False
         for group in groups:
             if self._satisfied(group):
-                only = {p.package.name for p in self._choices(group)} if protected else set()
+                only = {name for row in self._choices(group) for name in row} if protected else set()
                 if len(only) == 1 and not only <= self.protected:
                     self.protected |= only
                     failed |= not (yield self._mark(*only, deep=True))
                 continue
             choices = self._choices(group)
-            for choice in (p.package.name for p in choices):
+            only = {name for row in choices for name in row}
+            for choice in self._in_order(choices):
                 if choice in self.discarded:  # by a choice before
                     continue
-                if protected and len(choices) == 1:
+                if protected and len(only) == 1:
                     if not (yield self._mark(choice, deep=False)):
                         continue
                     self.protected.add(choice)

@@ -25,7 +25,7 @@ def compare(a: str, b: str) -> int:
 
 
 def satisfies(version: str, relation: str, wanted: str) -> bool:
-    """Whether `version` stands in `relation` (<<, <=, =, >=, >>; < and > are the old spellings of <= and >=) to `wanted`."""
+    """Whether `version` is `relation` (<<, <=, =, >=, >>) `wanted`; < and > are old spellings of <= and >=."""
     order = compare(version, wanted)
     if relation == "=":
         return order == 0
@@ -57,5 +57,5 @@ def _runs(text: str) -> list[tuple[str, str]]:
 
 
 def _letters(text: str) -> tuple[int, ...]:
-    """"~" first, then the end of the run, then letters, then everything else."""
+    """First the tilde, then the end of the run, then letters, then everything else."""
     return (*(-1 if c == "~" else ord(c) if c.isalpha() else ord(c) + 256 for c in text), 0)

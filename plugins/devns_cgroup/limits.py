@@ -36,8 +36,11 @@ def hold(step: Step, child: Child, *, root: str = "") -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for directory, limits in _directories(wanted, missing, root).items():
             try:
-                held.enter_context(_group(directory, limits, child, root))
-                enforced += limits
+                failed = held.enter_context(_group(directory, limits, child, root))
+                enforced += limits.keys() - failed.keys()
+                missing.update(failed)
+            except PermissionError:
+                missing.update(dict.fromkeys(limits, f"its control group is not delegated to you: {directory}"))
             except OSError as error:
                 reason = f"{error.strerror or error}: {error.filename or directory}".lower()
                 missing.update(dict.fromkeys(limits, reason))
@@ -84,30 +87,45 @@ def _directories(wanted: groups.Limits, missing: dict[str, str], root: str) -> d
 
 
 @contextlib.contextmanager
-def _group(directory: str, limits: dict[str, float], child: Child, root: str) -> Iterator[None]:
-    """A group of the child's own beneath `directory`, with `limits`; whatever is left in it at last is killed."""
+def _group(directory: str, limits: dict[str, float], child: Child, root: str) -> Iterator[dict[str, str]]:
+    """A group of the child's own beneath `directory`, with `limits`; gives those that it refused, and why.
+
+    Whatever is left in it at last is killed.
+    """
     above = f"{root}{directory}"
     unified = os.path.exists(f"{above}/cgroup.controllers")
     path = f"{above}/devns-{child.pid}"
     _sweep(above, root)
     with contextlib.ExitStack() as held:
+        if unified:
+            held.callback(_leave, above)
         _make(path)
         held.callback(_remove, path)
         if unified:
-            _enable(above, {groups.CONTROLLERS[limit] for limit in limits}, child.pid, held)
+            _enable(above, {groups.CONTROLLERS[limit] for limit in limits}, child.pid)
         _write(f"{path}/cgroup.procs", str(child.pid))
-        for _limit, file, value in groups.unified_writes(limits) if unified else groups.legacy_writes(limits):
-            _write(f"{path}/{file}", value)
-            found = _read(f"{path}/{file}")
-            if not groups.holds(file, value, found):
-                raise _Refused(f"{file} was set to {value} and says {found.strip() or 'nothing'}")
-        yield
+        yield _fill(path, groups.unified_writes(limits) if unified else groups.legacy_writes(limits))
         if _oom_kills(path):
-            size = groups.shown("memory", limits["memory"]) if "memory" in limits else "memory"
-            child.note(f"out of memory: the limit is {size}, and the kernel ended processes; raise it in [cgroup]")
+            limit = groups.shown("memory", limits["memory"]) if "memory" in limits else "what there is"
+            child.note(f"out of memory: {limit} was not enough, and the kernel ended processes")
 
 
-def _enable(above: str, controllers: set[str], child: int, held: contextlib.ExitStack) -> None:
+def _fill(path: str, writes: list[tuple[str, str, str]]) -> dict[str, str]:
+    """Limit -> why it isn't held. A kernel can lack one file of a controller, and take a value it doesn't keep."""
+    failed = {}
+    for limit, file, value in writes:
+        try:
+            _write(f"{path}/{file}", value)
+        except OSError as error:
+            failed[limit] = f"{file}: {error.strerror or error}".lower()
+            continue
+        found = _read(f"{path}/{file}").strip()
+        if not groups.holds(file, value, found):
+            failed[limit] = f"{file} was set to {value} and says {found or 'nothing'}"
+    return failed
+
+
+def _enable(above: str, controllers: set[str], child: int) -> None:
     """Give the groups beneath `above` these controllers.
 
     A group that hands controllers down may hold no process itself: devns and its helpers move to a group beside the
@@ -118,11 +136,10 @@ def _enable(above: str, controllers: set[str], child: int, held: contextlib.Exit
     pids = [int(word) for word in _read(f"{above}/cgroup.procs").split()]
     ours = [pid for pid in pids if pid == child or _descends(pid, os.getpid())]
     if len(ours) < len(pids):
-        raise _Refused(f"{len(pids) - len(ours)} other processes share its control group")
+        raise _Refused(f"other processes share its control group: {above}")
     supervisor = f"{above}/{groups.SUPERVISOR}"
     with contextlib.suppress(FileExistsError):
         _make(supervisor)
-    held.callback(_leave, above, supervisor)
     for pid in ours:
         if pid != child:
             _write(f"{supervisor}/cgroup.procs", str(pid))
@@ -132,10 +149,12 @@ def _enable(above: str, controllers: set[str], child: int, held: contextlib.Exit
         _write(f"{above}/cgroup.subtree_control", f"+{name}")
 
 
-def _leave(above: str, supervisor: str) -> None:
+def _leave(above: str) -> None:
     """Back to where we were found, unless other environments still need it so."""
+    supervisor = f"{above}/{groups.SUPERVISOR}"
     with contextlib.suppress(OSError):
-        if any(entry.is_dir() and entry.path != supervisor for entry in os.scandir(above)):
+        groups_left = [name for name in os.listdir(above) if os.path.isdir(f"{above}/{name}")]
+        if groups_left != [groups.SUPERVISOR]:
             return
         for name in _read(f"{above}/cgroup.subtree_control").split():
             _write(f"{above}/cgroup.subtree_control", f"-{name}")

@@ -122,7 +122,7 @@ def _home(table: MountTable, spec: Spec, host: Host) -> Iterator[Step]:
         yield bind(host.realpath(host.home), host.home, readonly=False)
         yield from _hide_own(host.realpath(host.home), host.home, host)
     if spec.user.identity == "self":  # root's home is /root
-        yield setenv("HOME", host.home)
+        yield setenv("HOME", host.home, default=True)
 
 
 def _project(table: MountTable, spec: Spec, host: Host) -> Iterator[Step]:

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,14 +61,14 @@ def member(data: bytes = b"", **arguments: Any) -> bytes:
 
 
 def pax(*records: tuple[bytes, bytes], kind: bytes = b"x") -> bytes:
-    body = b""
+    body = []
     for key, value in records:
         rest = b" " + key + b"=" + value + b"\n"
         length = len(rest) + 1
         while length != len(rest) + len(b"%d" % length):
             length += 1
-        body += b"%d" % length + rest
-    return member(body, name=b"pax", kind=kind)
+        body.append(b"%d" % length + rest)
+    return member(b"".join(body), name=b"pax", kind=kind)
 
 
 def long_name(name: bytes, kind: bytes = b"L") -> bytes:
@@ -159,12 +161,12 @@ def test_a_file_with_a_directorys_name_is_refused_as_some_readers_make_it_one() 
 def test_A_20_gnu_long_names_are_capped_and_must_be_one_plain_string() -> None:
     path = b"/".join([b"d" * 200] * 3)
     assert [entry.path for entry in entries(long_name(path + b"\0") + header(magic=b"ustar  \0") + END)] == [path]
-    assert [entry.path for entry in entries(long_name(path) + header(magic=b"ustar  \0") + END)] == [path]
+    assert "has no end" in refused(long_name(path) + header(magic=b"ustar  \0") + END)
     assert "is empty" in refused(long_name(b"") + header() + END)
     assert "is empty" in refused(long_name(b"\0\0") + header() + END)
     assert "NUL" in refused(long_name(b"a\0b\0") + header() + END)
     assert "more than 65536" in refused(long_name(b"a" * 70_000) + header() + END)
-    assert "a path of 60000 bytes" in refused(long_name(b"a/" * 30_000) + header() + END)
+    assert "a path of 60000 bytes" in refused(long_name(b"a/" * 30_000 + b"\0") + header() + END)
 
 
 def test_a_gnu_long_link_is_the_target() -> None:
@@ -279,6 +281,9 @@ def test_base_256_numbers_and_file_types_in_modes_are_read() -> None:
         (pax((b"hdrcharset", b"latin1")) + header(), "character set"),
         (pax((b"path", b"a")), "before the entry it belongs to"),
         (long_name(b"a\0"), "before the entry it belongs to"),
+        (pax((b"comment", b"a"), kind=b"g"), "before the entry it belongs to"),
+        (pax((b"comment", b"a"))[:-9] + b"9 path=p\n" + header(), "in its padding"),
+        (pax((b"path", b"a")) + header(b"x/", kind=b"\0"), "with the name of a directory"),
         (header(kind=b"5", size=512) + bytes(512), "a directory of 512 bytes"),
         (header(kind=b"1", size=512, target=b"t") + bytes(512), "a hardlink of 512 bytes"),
         (header(kind=b"2", size=512, target=b"t") + bytes(512), "a symlink of 512 bytes"),
@@ -301,12 +306,12 @@ def test_A_18_pax_gives_the_size_that_eleven_octal_digits_cannot() -> None:
     "body",
     [
         b"garbage",
-        b"9 path=a\n",  # too short by one
+        b"8 path=a\n",  # it is 9
         b"11 path=a\n",
         b"010 path=a\n",
         b"-10 path=a\n",
-        b"10 path=ab",
-        b"5 a=\n",
+        b"9 path=ab",
+        b"4 a=\n",
         b"6 =ab\n",
         b"99999999 path=a\n",
         b"10 path a\n",
@@ -494,13 +499,8 @@ from devns.archive import ArchiveError, open_tar
 resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20))
 compressor = zlib.compressobj(9, wbits=31) if sys.argv[1] == "gz" else lzma.LZMACompressor(preset=0)
 packed = io.BytesIO(b"".join([*(compressor.compress(bytes(1 << 20)) for _ in range(100)), compressor.flush()]))
-from test_archive import header
-head = header(size=99 << 20)
-tar = open_tar(lambda size, start=[head]: start.pop() if start else packed.read(size)) if sys.argv[2] == "plain" else open_tar(packed.read)
 try:
-    for entry in tar:
-        for piece in tar.data():
-            pass
+    list(open_tar(packed.read))
 except ArchiveError as error:
     print(error)
 """
@@ -509,23 +509,19 @@ except ArchiveError as error:
 @pytest.mark.parametrize("packing", ["gz", "xz"])
 def test_A_15_a_bomb_needs_no_memory(packing: str) -> None:
     """100 MiB of zeros in one member: read as a tar archive its end marker comes first, and the rest is drained."""
-    child = MEMORY_CHILD.replace("from test_archive import header\n", "").replace("head = header(size=99 << 20)\n", "head = b''\n")
-    done = subprocess.run([sys.executable, "-c", child, packing, "packed"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", MEMORY_CHILD, packing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "more than 200 times" in done.stdout
 
 
 def test_A_15_xz_may_not_ask_for_more_memory_than_its_largest_preset() -> None:
-    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 512 << 20, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3, "depth": 1, "nice_len": 16}]
-    packed = bytearray(lzma.compress(b"x" * 4096, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 4096}]))
-    assert filters
-    # Block header: size, flags, filter id 0x21, one property byte: the dictionary's size. xz-file-format.txt, 5.3.1
-    at = packed.index(b"\x21\x01", 12) + 2
-    packed[at] = 40  # 4 GiB - 1
-    size = (packed[12] + 1) * 4
-    import zlib
-
-    packed[12 + size - 4 : 12 + size] = zlib.crc32(bytes(packed[12 : 12 + size - 4])).to_bytes(4, "little")
+    packed = bytearray(lzma.compress(b"x" * 4096))
+    # The block header, after 12 bytes of stream header: its size, flags, the filter 0x21, one byte of properties
+    # (the dictionary's size), ..., CRC-32. xz-file-format.txt, 3.1 and 5.3.1
+    end = 12 + packed[12] * 4
+    packed[packed.index(b"\x21\x01", 12) + 2] = 40  # 4 GiB - 1
+    packed[end : end + 4] = zlib.crc32(packed[12:end]).to_bytes(4, "little")
     with pytest.raises(ArchiveError, match="[Mm]emory"):
         plain(bytes(packed), "xz")
 
@@ -556,16 +552,12 @@ class FakeZstd:
 def test_A_15_zstandard_which_has_no_bound_is_fed_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[FakeZstd] = []
 
-    class Module:
-        __name__ = "zstandard"
-        ZstdError = ValueError
+    def decompressobj() -> FakeZstd:
+        made.append(FakeZstd())
+        return made[-1]
 
-        class ZstdDecompressor:
-            def decompressobj(self) -> FakeZstd:
-                made.append(FakeZstd())
-                return made[-1]
-
-    monkeypatch.setattr(archive, "_zstd", Module)
+    module = SimpleNamespace(__name__="zstandard", ZstdDecompressor=lambda: SimpleNamespace(decompressobj=decompressobj))
+    monkeypatch.setattr(archive, "_zstd", module)
     assert plain(b"a" * 5000 + b"!" + b"b" * 3 + b"!\0\0", "zst") == b"a" * 5_000_000 + b"b" * 3000
     assert [decoder.largest <= 1024 for decoder in made] == [True, True]
     with pytest.raises(ArchiveError, match="ends in the middle"):

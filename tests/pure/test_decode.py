@@ -118,6 +118,7 @@ KNOWN = "known keys: text, flag, count, ratio, mode, names, rows, pair, set, bin
         ({"binds": [{"dst": "/a"}]}, "binds[0].src: is required", None),
         ({"binds": [{"scr": "/a"}]}, "binds[0].scr: no such key", "did you mean src?"),
         ({"clock": 1}, "clock: must be a table or false, not 1", None),
+        ({"clock": 0}, "clock: must be a table or false, not 0", None),
         ({"clock": {"offset": "30"}}, f'clock.offset: must be {DURATION}, not "30"', None),
         ({"clock": {"offset": True}}, f"clock.offset: must be {DURATION}, not true", None),
         ({"memory": "4 G"}, f'memory: must be {SIZE}, not "4 G"', None),

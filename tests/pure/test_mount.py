@@ -41,9 +41,7 @@ def table(data: Mapping[str, Any]) -> MountTable:
 
 
 def spec(data: Mapping[str, Any], *, project: str | None = PROJECT, user: User | None = None) -> Spec:
-    return Spec(
-        name="app", template="t.toml", project=project, tables={MountTable: table(data)}, user=user or User()
-    )
+    return Spec(name="app", template="t.toml", project=project, tables={MountTable: table(data)}, user=user or User())
 
 
 def steps(data: Mapping[str, Any], host: Host, **options: Any) -> list[Step]:
@@ -70,7 +68,7 @@ def test_the_table_is_called_mount() -> None:
 def test_without_a_word_a_project_is_writable_where_it_lies_and_the_home_is_the_environments_own(host: Host) -> None:
     assert steps({}, host) == [
         bind(f"{PLACE}/home", HOME, readonly=False, own=True),
-        setenv("HOME", HOME),
+        setenv("HOME", HOME, default=True),
         cwd(PROJECT),
         bind(PROJECT, PROJECT, readonly=False),
     ]
@@ -79,7 +77,7 @@ def test_without_a_word_a_project_is_writable_where_it_lies_and_the_home_is_the_
 def test_a_named_template_has_no_project_to_mount_and_starts_at_home(host: Host) -> None:
     assert steps({}, host, project=None) == [
         bind(f"{PLACE}/home", HOME, readonly=False, own=True),
-        setenv("HOME", HOME),
+        setenv("HOME", HOME, default=True),
         cwd(HOME),
     ]
 
@@ -106,7 +104,7 @@ def test_the_hosts_home_is_bound_writable_with_what_devns_keeps_there_hidden(hos
         mask(f"{HOME}/.config/devns"),
         mask(STORE),
         mask(f"{HOME}/.local/state/devns"),
-        setenv("HOME", HOME),
+        setenv("HOME", HOME, default=True),
         cwd(HOME),
     ]
 

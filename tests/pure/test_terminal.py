@@ -167,11 +167,13 @@ def relay_until(held: ExitStack, done: int, inner: Pty, stdin: int, stdout: int,
 
 
 def payload(held: ExitStack, inner: Pty, done: int, function: Callable[[], object]) -> int:
-    """A process that has the slave as its standard streams and holds `done` open until it ends."""
+    """A process that has the slave as its standard streams and `done`, until it ends, and nothing else."""
 
     def run() -> None:
         for fd in (0, 1, 2):
             os.dup2(inner.slave, fd)
+        os.closerange(3, done)
+        os.closerange(done + 1, 256)
         os.set_inheritable(done, True)
         function()
 
@@ -696,9 +698,7 @@ def test_the_size_is_there_at_the_start_and_every_change_reaches_the_payload(out
     assert shell.heard() == "0"
 
 
-def test_the_suspend_key_stops_a_plain_command_with_its_whole_job_and_fg_continues_it(
-    outer: Pty, held: ExitStack
-) -> None:
+def test_the_suspend_key_stops_a_plain_command_and_fg_continues_it(outer: Pty, held: ExitStack) -> None:
     before = outer.modes()
     shell = Shell(held, outer, lambda: launch(outer, cat))
     read_to(outer.master, b"ready\r\n")
@@ -714,6 +714,33 @@ def test_the_suspend_key_stops_a_plain_command_with_its_whole_job_and_fg_continu
     os.write(outer.master, b"\x04")
     assert shell.heard() == "0"
     assert outer.modes() == before
+
+
+def test_a_pipeline_that_the_parent_is_part_of_stops_and_continues_with_it(outer: Pty, held: ExitStack) -> None:
+    report, told = pipe(held)
+
+    def job() -> None:
+        pager = os.fork()
+        if pager == 0:
+            signal.pause()
+        os.write(told, b"%d" % pager)
+        launch(outer, cat)
+        os.kill(pager, signal.SIGKILL)
+
+    def state() -> str:
+        with open(f"/proc/{pager}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0]
+
+    shell = Shell(held, outer, job)
+    pager = int(os.read(report, 100))
+    read_to(outer.master, b"ready\r\n")
+    os.write(outer.master, b"\x1a")
+    assert shell.heard() == "stopped"
+    eventually(lambda: state() == "T")
+    shell.do("fg")
+    eventually(lambda: state() == "S")
+    os.write(outer.master, b"\x04")
+    assert shell.heard() == "0"
 
 
 def test_what_a_payload_says_before_it_stops_itself_is_out_before_the_shell_is_back(
@@ -772,7 +799,7 @@ def test_in_the_background_output_flows_and_the_terminal_is_the_shells(outer: Pt
 def test_a_job_started_in_the_background_leaves_the_terminal_alone(outer: Pty, held: ExitStack) -> None:
     before = outer.modes()
     shell = Shell(held, outer, lambda: launch(outer, cat), background=True)
-    read_to(outer.master, b"ready\r\n")
+    assert read_to(outer.master, b"\n") == b"ready\r\r\n"  # both terminals turn a newline into two bytes
     assert outer.modes() == before
     shell.do("front")
     eventually(lambda: is_raw(outer))

@@ -311,6 +311,19 @@ def test_untrust_forgets_every_state_of_one_project(tmp_path: Path, said: str) -
     assert untrust(said, host) is False
 
 
+def test_untrust_works_where_the_file_is_gone_or_has_become_a_link(tmp_path: Path) -> None:
+    host = machine(tmp_path, {FILE: ASKS})
+    said = []
+    for become in (None, "elsewhere"):
+        write(host, FILE, ASKS)
+        trust(load(None, host), host)
+        (tmp_path / FILE[1:]).unlink()
+        if become:
+            (tmp_path / FILE[1:]).symlink_to(become)
+        said.append(untrust(FILE, host))
+    assert said == [True, True]
+
+
 # --- what changed -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,232 @@
+"""Debian as a source: what a list of packages comes to (`select`), and the files of it (`fetch`).
+
+The cache holds, beneath one directory of the user's: `releases/` when each suite was last seen, `indexes/` Packages
+files, `debs/` packages. Everything in it is hashed before it is used, and all of it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devns.debian import download, index, mirrors, openpgp, release, resolve
+from devns.debian.errors import MirrorError, Untrusted
+from devns.debian.index import Package
+from devns.debian.transport import Session
+from devns.errors import TemplateError, Unsupported
+from devns.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from devns.debian.index import Packages
+    from devns.debian.mirrors import Archive, Mirrors
+    from devns.debian.openpgp import Trust
+    from devns.debian.release import Release
+    from devns.host import Host
+
+SUITES = ("bookworm", "trixie")
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"  # of the package debian-archive-keyring, which apt needs
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an environment is made of. `packages` by name; `released` says of when each suite was, in seconds since the
+    epoch; `sources` is the text of a deb822 .sources file for the apt inside."""
+
+    suite: str
+    architecture: str
+    packages: tuple[Package, ...]
+    sources: str
+    released: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes to download if nothing is in the cache."""
+        return sum(package.size for package in self.packages)
+
+
+def architecture_of(machine: str) -> str:
+    """Debian's name for what uname(1) calls `machine`."""
+    if machine not in _ARCHITECTURES:
+        raise Unsupported(
+            f"debian: no packages for a {machine} machine are known here",
+            hint=f"there are for {', '.join(_ARCHITECTURES)}; elsewhere from = 'tar:PATH'",
+        )
+    return _ARCHITECTURES[machine]
+
+
+def select(
+    suite: str,
+    packages: Sequence[str],
+    *,
+    architecture: str,
+    host: Host,
+    cache: str,
+    progress: Progress | None = None,
+    trust: Callable[[str], Trust] = openpgp.pinned,
+) -> Selection:
+    """What `packages` of `suite` come to today: the newest of main, updates and security, with all that they need.
+
+    Reads the archive over the network. TemplateError for a suite or package that isn't there or can't be had,
+    Unsupported (MirrorError among it) where the archive can't be reached, Untrusted where it isn't Debian's. `trust`
+    says for each suite whose signature counts.
+    """
+    progress = progress or Silent()
+    if suite not in SUITES:
+        raise TemplateError(
+            f"root.from: debian:{suite}: not a suite that devns knows", hint=f"try {' or '.join(SUITES)}"
+        )
+    if architecture not in _ARCHITECTURES.values():
+        raise Unsupported(f"debian: {architecture}: devns builds {' and '.join(_ARCHITECTURES.values())} only")
+    for name in packages:
+        if not index.is_name(name):
+            raise TemplateError(f"packages: {name!r}: not the name of a package", hint="letters, digits and + - . only")
+    sources = mirrors.find(host)
+    progress.stage("read the archive's index", total=len(_suites(suite)), unit="files")
+    found = _Reader(architecture, sources, cache, trust).read_all(_suites(suite), progress.advance)
+    whole = index.Index([listed for _, listed in found], architecture)
+    return Selection(
+        suite=suite,
+        architecture=architecture,
+        packages=resolve.resolve(whole, packages),
+        sources=_sources_file(suite, sources),
+        released={verified.suite: verified.date for verified, _ in found},
+    )
+
+
+def fetch(
+    selection: Selection,
+    *,
+    host: Host,
+    cache: str,
+    progress: Progress | None = None,
+    ready: Callable[[Package, str], None] = lambda package, path: None,
+) -> dict[str, str]:
+    """Every .deb of `selection` in the cache, verified: name -> path. What is there already isn't asked for again.
+
+    `ready` is called for each as it becomes complete, in this thread, so that unpacking may begin.
+    """
+    progress = progress or Silent()
+    sources = mirrors.find(host)
+    wanted = {
+        f"{cache}/debs/{package.sha256}.deb": (package, f"{sources.url(package.archive)}/{package.filename}")
+        for package in selection.packages
+    }
+    progress.stage("download", total=selection.size, unit="bytes")
+    download.fetch_all(
+        [download.Wanted(url, path, package.size, package.sha256) for path, (package, url) in wanted.items()],
+        sources.route,
+        advance=progress.advance,
+        ready=lambda file: ready(wanted[file.path][0], file.path),
+    )
+    return {package.name: path for path, (package, _) in wanted.items()}
+
+
+# --- the index ------------------------------------------------------------------------------------------------------
+
+
+def _suites(suite: str) -> tuple[tuple[str, Archive], ...]:
+    """What makes up a release, in the order in which `sources` names it to apt."""
+    return (suite, "main"), (f"{suite}-updates", "main"), (f"{suite}-security", "security")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one architecture's indexes from the mirrors, through the cache."""
+
+    architecture: str
+    sources: Mirrors
+    cache: str
+    trust: Callable[[str], Trust]
+
+    def read_all(
+        self, suites: Sequence[tuple[str, Archive]], advance: Callable[[], None]
+    ) -> list[tuple[Release, Packages]]:
+        """All suites at once: decompressing and hashing leave the interpreter's lock alone."""
+        sessions = [Session(self.sources.route) for _ in suites]
+        pool = concurrent.futures.ThreadPoolExecutor(len(suites))
+        try:
+            jobs = [
+                pool.submit(self.read, suite, archive, session)
+                for (suite, archive), session in zip(suites, sessions, strict=True)
+            ]
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()  # the first error ends the others
+                advance()
+            return [job.result() for job in jobs]
+        finally:
+            for session in sessions:
+                session.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, suite: str, archive: Archive, session: Session) -> tuple[Release, Packages]:
+        with session:
+            base = f"{self.sources.url(archive)}/dists/{suite}"
+            data = session.read(f"{base}/InRelease", limit=release.LIMIT)
+            verified = release.read(
+                data,
+                suite=suite,
+                architecture=self.architecture,
+                trust=self.trust(suite),
+                now=time.time(),
+                fresh=self.sources.fresh,
+            )
+            release.refuse_older(verified, f"{self.cache}/releases")
+            packages = self._packages(verified, base, session)
+            # Only now: a Release whose index never came would lock out the older one that is whole.
+            release.remember(verified, f"{self.cache}/releases")
+            return verified, index.scan(packages, suite=suite, archive=archive)
+
+    def _packages(self, verified: Release, base: str, session: Session) -> bytes:
+        """The Packages file that `verified` promises, from the cache or from the net."""
+        entry, packed = release.index(verified, self.architecture)
+        directory, prefix = f"{self.cache}/indexes", f"{verified.suite}-{self.architecture}-"
+        path = f"{directory}/{prefix}{entry.sha256}"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            data = file.read(entry.size + 1)
+            if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:
+                return data
+        packing, source = packed[0]
+        wanted = download.Wanted(f"{base}/{source.path}", f"{path}{packing}.packed", source.size, source.sha256)
+        self._fetch(wanted, session, by_hash=verified.by_hash)
+        with open(wanted.path, "rb") as file:
+            data = index.decompress(file.read(source.size + 1), packing, entry.size)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise Untrusted(f"{verified.suite}: {source.path} does not unpack to what the Release promises")
+        _keep(path, data)
+        for name in os.listdir(directory):  # what it replaces, and what it was made from
+            if name.startswith(prefix) and name != os.path.basename(path):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{directory}/{name}")
+        return data
+
+    def _fetch(self, wanted: download.Wanted, session: Session, *, by_hash: bool) -> None:
+        """By its hash where the archive has that: it is there even while the mirror is being updated."""
+        if by_hash:
+            place = wanted.url.rpartition("/")[0]
+            with contextlib.suppress(MirrorError):  # an incomplete copy may lack it
+                download.fetch(replace(wanted, url=f"{place}/by-hash/SHA256/{wanted.sha256}"), session)
+                return
+        download.fetch(wanted, session)
+
+
+def _keep(path: str, data: bytes) -> None:
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+def _sources_file(suite: str, sources: Mirrors) -> str:
+    """The .sources file of the root: the same mirrors, without the password that may stand in their URLs."""
+    stanzas = [
+        f"Types: deb\nURIs: {mirrors.hide(url)}\nSuites: {suites}\nComponents: main\nSigned-By: {KEYRING}\n"
+        for url, suites in ((sources.main, f"{suite} {suite}-updates"), (sources.security, f"{suite}-security"))
+    ]
+    return "\n".join(stanzas)

@@ -1,0 +1,239 @@
+"""Downloads: into a cache whose files are named by their SHA-256, hashed while they arrive, eight at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from devns.debian.errors import Untrusted
+from devns.debian.mirrors import Route, hide
+from devns.debian.transport import NoSuchPart, Session
+from devns.errors import DevnsError, Unsupported
+
+CONNECTIONS = 8
+_BLOCK = 1 << 20
+_ELSEWHERE = "the mirror is being updated, or broken: try again later, or another mirror"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to be had: where, of which size and hash, and the path in the cache where it goes."""
+
+    url: str
+    path: str
+    size: int
+    sha256: str
+
+
+def fetch_all(
+    wanted: Sequence[Wanted],
+    route: Route,
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+    ready: Callable[[Wanted], None] = lambda file: None,
+    connections: int = CONNECTIONS,
+) -> None:
+    """Have every one of `wanted` in the cache, the largest first.
+
+    `advance` is told bytes and `ready` each file as it is complete and verified, both in the calling thread.
+    The first error stops everything and is raised; what is complete by then stays in the cache.
+    """
+    jobs: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+    for file in sorted(wanted, key=lambda file: -file.size):
+        jobs.put(file)
+    news: queue.SimpleQueue[int | Wanted | BaseException] = queue.SimpleQueue()
+    sessions = [Session(route) for _ in range(min(connections, len(wanted)))]
+
+    def work(session: Session) -> None:
+        try:
+            with session:
+                while True:
+                    file = jobs.get_nowait()
+                    fetch(file, session, advance=news.put)
+                    news.put(file)
+        except queue.Empty:
+            return
+        except BaseException as error:
+            news.put(error)
+
+    threads = [threading.Thread(target=work, args=(session,), daemon=True) for session in sessions]
+    for thread in threads:
+        thread.start()
+    try:
+        left = len(wanted)
+        while left:
+            said = news.get()
+            if isinstance(said, BaseException):
+                raise said
+            if isinstance(said, Wanted):
+                left -= 1
+                ready(said)
+            else:
+                advance(said)
+    finally:
+        while not jobs.empty():
+            with contextlib.suppress(queue.Empty):
+                jobs.get_nowait()
+        for session in sessions:
+            session.stop()
+        for thread in threads:
+            thread.join(timeout=1.0)  # one that still looks for an address is left behind
+
+
+def fetch(wanted: Wanted, session: Session, *, advance: Callable[[int], None] = lambda count: None) -> None:
+    """Have one file in the cache.
+
+    A file that is there is believed only after it was hashed. Of two processes that want the same one, one fetches and
+    the other waits. What an interrupted download left is used, and only the rest fetched; as the whole is hashed in
+    the end, two versions can't be spliced.
+    """
+    if is_good(wanted):
+        advance(wanted.size)
+        return
+    os.makedirs(os.path.dirname(wanted.path), mode=0o700, exist_ok=True)
+    with _locked(wanted.path + ".part", session) as (fd, path):
+        if not is_good(wanted):
+            part = _Part(fd, wanted, advance)
+            part.adopt()
+            session.retry(wanted.url, lambda: _complete(part, session))
+            os.rename(path, wanted.path)
+            return
+        os.unlink(path)  # another process had it meanwhile
+    advance(wanted.size)
+
+
+def is_good(wanted: Wanted) -> bool:
+    """Whether the cache has this file, byte for byte. Its name proves nothing: disks rot, and others may write."""
+    try:
+        fd = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    with open(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != wanted.size:
+            return False
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        return digest.hexdigest() == wanted.sha256
+
+
+class _Part:
+    """A file on its way: what is on disk of it, and the hash of that."""
+
+    def __init__(self, fd: int, wanted: Wanted, advance: Callable[[int], None]) -> None:
+        self.fd = fd
+        self.wanted = wanted
+        self.advance = advance
+        self.length = 0
+        self.digest = hashlib.sha256()
+        self.tag: str | None = None
+        self.pieces = 0  # answers that are in it
+        self._told = 0
+
+    def adopt(self) -> None:
+        """Go on with what an interrupted process left."""
+        while block := os.pread(self.fd, _BLOCK, self.length):
+            self._count(block)
+        self.pieces = 1 if self.length else 0
+        if self.length >= self.wanted.size:  # as long as it should be, and still no cache file: it was a wrong one
+            self.restart()
+
+    def restart(self) -> None:
+        os.ftruncate(self.fd, 0)
+        self.length, self.digest, self.tag, self.pieces = 0, hashlib.sha256(), None, 0
+
+    def write(self, block: bytes) -> None:
+        if self.length + len(block) > self.wanted.size:
+            self.restart()
+            raise Untrusted(f"{hide(self.wanted.url)}: more than the {self.wanted.size} bytes promised")
+        rest = memoryview(block)
+        try:
+            while rest:
+                rest = rest[os.pwrite(self.fd, rest, self.length + len(block) - len(rest)) :]
+        except OSError as error:
+            raise Unsupported(f"{self.wanted.path}: {error.strerror}", hint="is there room left?") from error
+        self._count(block)
+
+    def _count(self, block: bytes) -> None:
+        self.digest.update(block)
+        self.length += len(block)
+        if self.length > self._told:  # after a restart the same bytes don't count again
+            self.advance(min(self.length, self.wanted.size) - self._told)
+            self._told = min(self.length, self.wanted.size)
+
+
+def _complete(part: _Part, session: Session) -> None:
+    """Fetch what is missing; if the whole is wrong and was pieced together, all of it again."""
+    wanted = part.wanted
+    while True:
+        try:
+            with session.open(wanted.url, size=wanted.size, start=part.length, tag=part.tag) as answer:
+                if answer.start != part.length:
+                    part.restart()
+                part.tag, part.pieces = answer.tag, part.pieces + 1
+                total = wanted.size if answer.length is None else answer.start + answer.length
+                if total != wanted.size:
+                    part.restart()
+                    raise Untrusted(
+                        f"{hide(wanted.url)}: the server has {total} bytes of it, the index promises {wanted.size}",
+                        hint=_ELSEWHERE,
+                    )
+                for block in answer.blocks:
+                    part.write(block)
+        except NoSuchPart:
+            part.restart()
+            continue
+        found, length, pieces = part.digest.hexdigest(), part.length, part.pieces
+        if length == wanted.size and found == wanted.sha256:
+            return
+        part.restart()
+        if pieces < 2:
+            what = f"SHA-256 {found} instead of {wanted.sha256}" if length == wanted.size else f"only {length} bytes"
+            raise Untrusted(
+                f"{hide(wanted.url)}: not the file that was promised: {what}",
+                hint=_ELSEWHERE,
+            )
+
+
+@contextlib.contextmanager
+def _locked(path: str, session: Session) -> Iterator[tuple[int, str]]:
+    """The file `path`, open and nobody else's, and its path; waits for a process that has it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        fd = os.open(path, flags, 0o600)
+        try:
+            if _lock(fd) and _is_same(fd, path):
+                yield fd, path
+                return
+        finally:
+            os.close(fd)
+        if session.stopped:
+            raise DevnsError(f"{path}: stopped while another process had it")
+        time.sleep(0.05)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks. Two writers make one wrong file, which its hash gives away.
+        return True
+    return True
+
+
+def _is_same(fd: int, path: str) -> bool:
+    """Whether `path` is still the file `fd`: who had the lock before may have renamed it."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
