@@ -431,7 +431,7 @@ class Tar:
         if len(block) != BLOCK:
             raise ArchiveError("the archive ends without its end marker")
         if not any(block):
-            if any(end := self._stream.take(BLOCK)) or len(end) != BLOCK:
+            if any(second := self._stream.take(BLOCK)) or len(second) != BLOCK:
                 raise ArchiveError("the archive's end marker is one block of zeros, not two")
             return None
         if _number(block[148:156], "checksum") != sum(block[:148]) + sum(block[156:]) + 8 * 0x20:

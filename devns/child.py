@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from devns import linux, ops, seccomp, terminal
+from devns.errors import DevnsError
 
 Plan = dict[str, Any]
 Call = Callable[[], str]  # a payload that is a function: what it returns goes to the parent
@@ -63,7 +64,6 @@ def receive(control: socket.socket) -> dict[str, Any] | None:
 
 def guard(control: socket.socket, run: Callable[[], None]) -> NoReturn:
     """Whatever happens in a forked process: it is said to the parent, and the process ends here."""
-    op = "launch"
     try:
         run()
     except StepFailed as failure:
@@ -71,8 +71,8 @@ def guard(control: socket.socket, run: Callable[[], None]) -> NoReturn:
         path = failure.path or error.filename
         path = os.fsdecode(path) if isinstance(path, (str, bytes)) else None
         tell(control, {"failed": {"op": failure.op, "errno": error.errno, "path": path}})
-    except OSError as error:
-        tell(control, {"failed": {"op": op, "errno": error.errno, "path": None}})
+    except DevnsError as error:
+        tell(control, {"refused": {"message": error.message, "hint": error.hint}})
     except BaseException as error:  # a bug of ours: its frames travel as text, nothing may unwind into the caller
         tell(control, {"bug": _frames(error)})
     os._exit(125)
@@ -156,7 +156,7 @@ def child(errand: Errand, control: socket.socket) -> None:
     if pid == 0:
         guard(control, lambda: _init(errand, control))
     # Whoever waits for the end of a pipe waits for this process too: it keeps none.
-    _keep_only()
+    _keep_only(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
     linux.set_capabilities(())
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials takes it away: prctl(2)
     if os.getppid() != parent:
@@ -174,6 +174,7 @@ def _init(errand: Errand, control: socket.socket) -> None:
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     _freeze_imports()
     programs = _programs(plan["confine"])
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # there need be none in the new root
     _enter(plan["inside"], (lambda number: tell(control, {"step": number})) if errand.traced else None)
     _drop(plan, programs)
     slave = _open_terminal(control, errand.stdio) if errand.own_terminal else -1
@@ -186,9 +187,9 @@ def _init(errand: Errand, control: socket.socket) -> None:
     if pid == 0:
         os.close(result_read)
         signal.set_wakeup_fd(-1)
-        guard(control, lambda: _payload(errand, slave, result))
+        guard(control, lambda: _payload(errand, slave, result, null))
     os.close(result)
-    _keep_only(control.fileno(), wake, wake_write, result_read, *([slave] if slave >= 0 else []))
+    _keep_only(null, control.fileno(), wake, wake_write, result_read, *([slave] if slave >= 0 else []))
     _supervise(pid, control, wake, result_read)
 
 
@@ -277,17 +278,15 @@ def _open_terminal(control: socket.socket, stdio: Sequence[int]) -> int:
         return slave
 
 
-def _keep_only(*fds: int) -> None:
-    """Close what the caller left open: a descriptor of the host is a way back to it."""
+def _keep_only(null: int, *fds: int) -> None:
+    """Close what the caller left open: a descriptor of the host is a way back to it. 0, 1 and 2 become `null`."""
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
     low = 3
     for fd in sorted(fds):
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
 
 
 def _supervise(payload: int, control: socket.socket, wake: int, result: int) -> NoReturn:
@@ -369,13 +368,13 @@ def _end_group(payload: int) -> None:
 # --- the payload ------------------------------------------------------------------------------------------------------
 
 
-def _payload(errand: Errand, slave: int, result: int) -> None:
+def _payload(errand: Errand, slave: int, result: int, null: int) -> None:
     plan = errand.plan
     if slave >= 0:
         terminal.take_foreground(slave)
     else:
         os.setsid()
-    sources = [slave if slave >= 0 and is_terminal(fd) else _or_null(fd) for fd in errand.stdio]
+    sources = [slave if slave >= 0 and is_terminal(fd) else fd if _is_open(fd) else null for fd in errand.stdio]
     sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in sources]
     for number, fd in enumerate(sources):
         os.dup2(fd, number, inheritable=True)
@@ -408,13 +407,13 @@ def is_terminal(fd: int) -> bool:
         return False
 
 
-def _or_null(fd: int) -> int:
-    """`fd`, or /dev/null where the caller had closed it."""
+def _is_open(fd: int) -> bool:
+    """The caller may have closed its own."""
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
     except OSError:
-        return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    return fd
+        return False
+    return True
 
 
 def _exec(argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:

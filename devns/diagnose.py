@@ -368,6 +368,7 @@ def apparmor_profile(program: str | None) -> str:
 # --- newuidmap: subuid(5), newuidmap(1) -------------------------------------------------------------------------------
 
 RANGE = 65536  # a Debian root's ids: nobody is 65534
+_KINDS: tuple[Literal["uid", "gid"], ...] = ("uid", "gid")
 
 
 def _why_no_range(host: Host) -> tuple[str, str] | None:
@@ -387,18 +388,18 @@ def _why_no_range(host: Host) -> tuple[str, str] | None:
     if host.uid and _status(host, "NoNewPrivs"):
         clause = "no_new_privs is set on this process, so newuidmap gains no rights"
         return clause, "run devns outside of the sandbox or service around it"
+    row = _free_row(host)
     for kind in _KINDS:
         own = host.subordinate(kind)
         if own is None or own[1] < RANGE:
             few = f"only {own[1]}" if own else "no"
-            return f"/etc/sub{kind} gives you {few} {kind}s, and {RANGE} are needed", _new_range(host)
+            clause = f"/etc/sub{kind} gives you {few} {kind}s, and {RANGE} are needed"
+            return clause, f"echo {shlex.quote(row)} | sudo tee -a /etc/subuid /etc/subgid"
         for other, first, count in _subordinates(host, kind):
             if other not in (host.user, str(host.uid)) and first < own[0] + own[1] and own[0] < first + count:
-                return f"/etc/sub{kind} gives some of your {kind}s to {escape(other)} too", _new_range(host)
+                clause = f"/etc/sub{kind} gives some of your {kind}s to {escape(other)} too"
+                return clause, f"sudoedit /etc/sub{kind}, and make your row there {escape(row)}"
     return None
-
-
-_KINDS: tuple[Literal["uid", "gid"], ...] = ("uid", "gid")
 
 
 def _subordinates(host: Host, kind: str) -> list[tuple[str, int, int]]:
@@ -406,10 +407,10 @@ def _subordinates(host: Host, kind: str) -> list[tuple[str, int, int]]:
     return [(row[0], int(row[1]), int(row[2])) for row in rows if len(row) == 3 and (row[1] + row[2]).isdecimal()]
 
 
-def _new_range(host: Host) -> str:
-    """The command that gives the user the first ids that are free in both files."""
+def _free_row(host: Host) -> str:
+    """A row for the user of ids that are free in both files."""
     taken = [first + count for kind in _KINDS for _, first, count in _subordinates(host, kind)]
-    return f"echo {shlex.quote(f'{host.user}:{max([100000, *taken])}:{RANGE}')} | sudo tee -a /etc/subuid /etc/subgid"
+    return f"{host.user}:{max([100000, *taken])}:{RANGE}"
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from typing import Any
 
 from devns import terminal
 from devns.child import FORWARDED, PACKET, Call, Errand, child, exit_status, guard, is_terminal, receive
-from devns.errors import StepError, Unsupported
+from devns.errors import DevnsError, StepError, Unsupported
 
 Plan = dict[str, Any]
 Explain = Callable[[str, int, "str | None"], tuple[str, "str | None"]]
@@ -135,6 +135,8 @@ class Running:
     def _take(self, message: Mapping[str, Any]) -> None:
         if "failed" in message:
             raise _Failed(message["failed"])
+        if "refused" in message:
+            raise DevnsError(message["refused"]["message"], hint=message["refused"]["hint"])
         if "bug" in message:
             raise RuntimeError(f"in the new namespaces:\n{message['bug']}")
         if "step" in message:

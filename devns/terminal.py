@@ -286,7 +286,6 @@ class Relay:
 
     def finish(self) -> None:
         """The payload has ended: no more input, and of output only what the pty still holds."""
-        self._input.clear()
         self._input_ended = self._finished = True
 
     def drained(self) -> bool:

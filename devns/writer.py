@@ -136,21 +136,36 @@ class Tree:
         fd = self._open.pop(path, None)
         if fd is None:
             fd = self._reach(path)
-            if len(self._open) >= _KEPT:
-                os.close(self._open.pop(next(iter(self._open))))
-        self._open[path] = fd
+        self._keep(path, fd)
         return fd
 
     def _reach(self, path: bytes) -> int:
-        above, _, name = path.rpartition(b"/")
-        parent = self._open.get(above) if above else self.root_fd
-        if parent is not None:
+        """From the nearest directory that is open, keeping those on the way: the next path is often a neighbour's."""
+        here, at = self.root_fd, 0
+        above = path.rfind(b"/")
+        while above > 0:
+            if path[:above] in self._open:
+                here, at = self._open[path[:above]], above + 1
+                break
+            above = path.rfind(b"/", 0, above)
+        while True:
+            end = path.find(b"/", at)
+            name = path[at:] if end < 0 else path[at:end]
             try:
-                return os.open(name, _DIRECTORY, dir_fd=parent)
+                here = os.open(name, _DIRECTORY, dir_fd=here)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise
-        return walk(self.root_fd, path, self._made)
+                return walk(self.root_fd, path, self._made)
+            if end < 0:
+                return here
+            self._keep(path[:end], here)
+            at = end + 1
+
+    def _keep(self, path: bytes, fd: int) -> None:
+        if len(self._open) >= _KEPT:
+            os.close(self._open.pop(next(iter(self._open))))
+        self._open[path] = fd
 
     def parent(self, path: bytes) -> tuple[int, bytes]:
         above, _, name = path.rpartition(b"/")
@@ -258,6 +273,7 @@ class Writer:
 
     def finish(self) -> None:
         """Set the directories' modes, owners and times: last, as writing needs the first and changes the last."""
+        self._tree.forget()  # there may be few descriptors
         self.done.xattrs += settle(self.root_fd, self.directories, owners=self._owners)
 
     def _made(self, path: bytes) -> None:
@@ -318,7 +334,8 @@ class Writer:
                 os.fchown(fd, entry.uid, entry.gid)  # before the mode: chown(2) takes setuid away
             os.fchmod(fd, self._mode(entry))
             if entry.xattrs:
-                self.done.xattrs += _set_xattrs(fd, self._kept_xattrs(entry.xattrs))
+                kept = self._kept_xattrs(entry.xattrs)
+                self.done.xattrs += _set_xattrs(fd, kept)
             os.utime(fd, ns=(self._mtime, self._mtime))
 
     def _directory(self, entry: Entry) -> None:
@@ -434,13 +451,13 @@ def _set_xattrs(fd: int, xattrs: Iterable[tuple[bytes, bytes]]) -> int:
 
 
 def settle(root_fd: int, directories: Mapping[bytes, Directory], *, owners: bool) -> int:
-    """Set what directories shall be, deepest first: above may be what can't be entered afterwards.
+    """Set what directories shall be, those beneath first: above may be what can't be entered afterwards.
 
     Returns how many extended attributes were refused.
     """
     refused = 0
     with Tree(root_fd) as tree:
-        for path in sorted(directories, key=lambda path: path.count(b"/") + bool(path), reverse=True):
+        for path in sorted(directories, reverse=True):
             try:
                 refused += _settle(tree, path, directories[path], owners)
             except OSError as error:

@@ -25,12 +25,11 @@ def assert_store_sound(path: str, *, again: Callable[[], object] | None = None) 
     `again` repeats what was interrupted: it must succeed, twice, with the same answer.
     """
     _assert_finished(path)  # before anything is mended
-    _assert_collectable(path)
-    _assert_usable(path)
     if again is not None:
         assert again() == again(), "I5"
         _assert_finished(path)
-        _assert_collectable(path)
+    _assert_collectable(path)
+    _assert_usable(path)
     _assert_nothing_left(path)
 
 

@@ -34,6 +34,14 @@ FEW = {
     "devns.api": "devns_*",
     "devns.base": "devns.plugins",
     "devns_*": "devns_*",  # launch resolves an effect by its name, and only that of an enabled plugin
+    "subprocess": "devns.library",  # to answer as subprocess.run does
+    "socket": "devns.launch devns.child devns.ops devns.debian.transport devns_network.*",
+    "http": "devns.debian.transport",
+    "ssl": "devns.debian.transport devns.debian.mirrors",
+    "urllib.request": "",  # it follows redirects and proxies by rules of its own
+    "threading": "devns.library devns.debian.*",  # whoever forks has one thread
+    "asyncio": "",
+    "multiprocessing": "",
     "pickle": "",
     "marshal": "",
     "shelve": "",
@@ -82,7 +90,7 @@ ROOMS = (
     Room("devns.spaces"),
     Room("devns.workflow", never="os ctypes subprocess socket devns.linux devns.ops"),
     Room("devns.verbs"),
-    Room("devns.verbs.*", never="ctypes subprocess socket devns.linux devns.ops devns.child"),
+    Room("devns.verbs.*", never="ctypes subprocess socket devns.linux devns.child"),
     Room("devns.fast", never=f"{_SLOW} devns.hooks devns.plugins devns.template devns.decode devns.spec"),
     # --- values, and the pure way from a template to a Plan
     Room("devns.errors", ours="", others=""),
@@ -106,11 +114,14 @@ ROOMS = (
     Room("devns.child", never=f"{_SLOW} devns.base devns.hooks devns.plugins devns.spec devns.store"),
     Room("devns.launch", never=f"{_SLOW} devns.base devns.hooks devns.plugins devns.spec devns.store"),
     # --- what lies on disk, and where it comes from
-    Room("devns.store", never=f"{_SLOW} devns.plugins devns.workflow devns.build devns.sources"),
+    Room("devns.store", ours="devns.errors devns.durable devns.trash", never=_SLOW),
+    Room("devns.durable", ours="devns.errors devns.linux", never=_SLOW),
+    Room("devns.trash", ours="devns.errors devns.linux", never=_SLOW),
     Room("devns.build", never="ctypes devns.linux devns.workflow"),
     Room("devns.sealed", never="devns.workflow devns.store"),
     Room("devns.archive", ours="devns.errors", never="subprocess socket ctypes"),
     Room("devns.debfile", ours="devns.archive devns.errors", never="subprocess socket ctypes"),
+    Room("devns.writer", ours="devns.archive devns.errors", never="subprocess socket ctypes"),
     Room("devns.unpack", never="devns.spec devns.store devns.workflow devns.plugins"),
     Room("devns.sources", never="devns.workflow devns.library devns.store"),
     Room("devns.sources.*", never="devns.workflow devns.library devns.store"),
@@ -165,7 +176,7 @@ def test_only_the_command_line_ends_an_error_that_is_meant_for_the_user() -> Non
         if isinstance(node, ast.ExceptHandler) and "DevnsError" in names(node.type)
         if not isinstance(node.body[-1], ast.Raise)  # to say it better, or to let it by, is no end
     }
-    assert enders <= {"devns.cli"}
+    assert enders <= {"devns.cli", "devns.unpack"}  # whose process sends it on to the one that waits for it
 
 
 def test_every_module_opens_with_the_sentence_that_says_what_it_owns() -> None:

@@ -37,13 +37,14 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 @dataclass(frozen=True)
 class Selection:
     """What an environment is made of. `packages` by name; `released` says of when each suite was, in seconds since the
-    epoch; `sources` is the text of a deb822 .sources file for the apt inside."""
+    epoch; `sources` is the text of a deb822 .sources file for the apt inside, `lists` what it would have read by it."""
 
     suite: str
     architecture: str
     packages: tuple[Package, ...]
     sources: str
     released: Mapping[str, int]
+    lists: Mapping[str, str]  # what apt would have in /var/lib/apt/lists after an update: name -> path in the cache
 
     @property
     def size(self) -> int:
@@ -97,6 +98,7 @@ def select(
         packages=resolve.resolve(whole, packages),
         sources=_sources_file(suite, sources),
         released={verified.suite: verified.date for verified, _ in found},
+        lists=_lists(suite, [verified for verified, _ in found], architecture, sources, cache),
     )
 
 
@@ -181,6 +183,7 @@ class _Reader:
             packages = self._packages(verified, base, session)
             # Only now: a Release whose index never came would lock out the older one that is whole.
             release.remember(verified, f"{self.cache}/releases")
+            _keep(f"{self.cache}/indexes/{suite}.InRelease", data)
             return verified, index.scan(packages, suite=suite, archive=archive)
 
     def _packages(self, verified: Release, base: str, session: Session) -> bytes:
@@ -230,3 +233,18 @@ def _sources_file(suite: str, sources: Mirrors) -> str:
         for url, suites in ((sources.main, f"{suite} {suite}-updates"), (sources.security, f"{suite}-security"))
     ]
     return "\n".join(stanzas)
+
+
+def _lists(
+    suite: str, releases: Sequence[Release], architecture: str, sources: Mirrors, cache: str
+) -> dict[str, str]:
+    """With these apt installs at once, and from what was verified here. It names them as URItoFileName() of apt does."""
+    lists = {}
+    for (name, archive), verified in zip(_suites(suite), releases, strict=True):
+        url = mirrors.hide(sources.url(archive)).partition("://")[2]
+        quoted = "".join(f"%{ord(char):02x}" if char in '\\|{}[]<>"^~_=!@#$%&*' else char for char in url)
+        stem = f"{quoted}/dists/{name}/".replace("/", "_")
+        entry, _packed = release.index(verified, architecture)
+        lists[f"{stem}InRelease"] = f"{cache}/indexes/{name}.InRelease"
+        lists[f"{stem}main_binary-{architecture}_Packages"] = f"{cache}/indexes/{name}-{architecture}-{entry.sha256}"
+    return lists

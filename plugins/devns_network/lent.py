@@ -156,13 +156,19 @@ def _is_loopback(url: str) -> bool:
 
 def hosts_text(host: Host | None, hostname: str | None) -> str:
     """/etc/hosts: the host's own (or, without a host, the loopback alone), and the environment's name."""
-    text = (host.read("/etc/hosts") if host else None) or "127.0.0.1 localhost\n::1 localhost ip6-localhost\n"
+    text = (host and read_text(host, "/etc/hosts")) or "127.0.0.1 localhost\n::1 localhost ip6-localhost\n"
     text = text if text.endswith("\n") else f"{text}\n"
     return text + (f"127.0.1.1 {hostname}\n" if hostname else "")
 
 
 def resolv_text(host: Host, nameserver: str) -> str:
     """/etc/resolv.conf with a nameserver of the environment's own; what the host searches is searched inside too."""
-    lines = (host.read("/etc/resolv.conf") or "").splitlines()
+    lines = (read_text(host, "/etc/resolv.conf") or "").splitlines()
     kept = [line for line in lines if line.split(maxsplit=1)[:1] in (["search"], ["domain"], ["options"])]
     return "".join(f"{line}\n" for line in (f"nameserver {nameserver}", *kept))
+
+
+def read_text(host: Host, path: str) -> str | None:
+    """A file of the host as text that can be written again: bytes that are no UTF-8 (in a comment) are replaced."""
+    text = host.read(path)
+    return None if text is None else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

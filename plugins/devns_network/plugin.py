@@ -107,7 +107,7 @@ def devns_plan(spec: Spec, host: Host) -> Iterable[Step]:
     if table.mode == "user":
         yield from _user(table, host)
     else:
-        resolver = host.read("/etc/resolv.conf")
+        resolver = lent.read_text(host, "/etc/resolv.conf")
         if resolver is not None:
             yield _file("/etc/resolv.conf", resolver)
     yield _file("/etc/hosts", lent.hosts_text(host, hostname))

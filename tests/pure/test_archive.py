@@ -43,7 +43,9 @@ def checked(block: bytes) -> bytes:
     return block[:148] + b"%06o\0 " % total + block[156:]
 
 
-def header(name: bytes = b"x", kind: bytes = b"0", size: int | bytes = 0, target: bytes = b"", **fields: bytes) -> bytes:
+def header(
+    name: bytes = b"x", kind: bytes = b"0", size: int | bytes = 0, target: bytes = b"", **fields: bytes
+) -> bytes:
     """One ustar header block; `fields` override mode, uid, gid, mtime, magic or prefix by their raw bytes."""
     raw_size = size if isinstance(size, bytes) else b"%011o\0" % size
     parts = {"mode": b"0000644\0", "uid": b"0000000\0", "gid": b"0000000\0", "mtime": b"%011o\0" % 1, **fields}
@@ -176,8 +178,17 @@ def test_a_gnu_long_link_is_the_target() -> None:
 
 
 def test_A_22_names_are_bytes_and_messages_show_them_without_control_characters() -> None:
-    names = [b"\xff\xfe", b"\x1b]52;c;x\x07", b"a\nb", "\u202eexe".encode(), b"\x80" * 255, "\ud800".encode("utf-8", "surrogatepass")]
-    assert list(contents(b"".join(header(b"d/" + name[:90]) for name in names) + END)) == [b"d/" + n[:90] for n in names]
+    names = [
+        b"\xff\xfe",
+        b"\x1b]52;c;x\x07",
+        b"a\nb",
+        "\u202eexe".encode(),
+        b"\x80" * 255,
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ]
+    assert list(contents(b"".join(header(b"d/" + name[:90]) for name in names) + END)) == [
+        b"d/" + n[:90] for n in names
+    ]
     for name in names:
         assert show(name).isprintable()
     assert len(show(b"\n" * 4000)) < 500
@@ -323,7 +334,9 @@ def test_A_21_malformed_pax_records_are_refused(body: bytes) -> None:
     assert "malformed" in refused(member(body, kind=b"x") + header() + END)
 
 
-@pytest.mark.parametrize("key", [b"path", b"linkpath", b"size", b"uid", b"mtime", b"SCHILY.xattr.user.x", b"GNU.sparse.major"])
+@pytest.mark.parametrize(
+    "key", [b"path", b"linkpath", b"size", b"uid", b"mtime", b"SCHILY.xattr.user.x", b"GNU.sparse.major"]
+)
 def test_A_21_a_global_header_may_comment_but_not_change_entries(key: bytes) -> None:
     assert "a global PAX header sets" in refused(pax((key, b"1"), kind=b"g") + header() + END)
     assert len(entries(pax((b"comment", b"c0ffee"), kind=b"g") + header() + END)) == 1
@@ -346,7 +359,10 @@ def test_A_14_extended_attributes_are_capped() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", b"a")) + header(), "sparse"),
+        (
+            pax((b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", b"a")) + header(),
+            "sparse",
+        ),
         (pax((b"GNU.sparse.map", b"0,1,-5,9223372036854775807")) + header(), "sparse"),
         (pax((b"GNU.sparse.size", b"9223372036854775807")) + header(), "sparse"),
         (header(kind=b"S", magic=b"ustar  \0"), "a GNU sparse file"),
@@ -556,7 +572,9 @@ def test_A_15_zstandard_which_has_no_bound_is_fed_in_small_pieces(monkeypatch: p
         made.append(FakeZstd())
         return made[-1]
 
-    module = SimpleNamespace(__name__="zstandard", ZstdDecompressor=lambda: SimpleNamespace(decompressobj=decompressobj))
+    module = SimpleNamespace(
+        __name__="zstandard", ZstdDecompressor=lambda: SimpleNamespace(decompressobj=decompressobj)
+    )
     monkeypatch.setattr(archive, "_zstd", module)
     assert plain(b"a" * 5000 + b"!" + b"b" * 3 + b"!\0\0", "zst") == b"a" * 5_000_000 + b"b" * 3000
     assert [decoder.largest <= 1024 for decoder in made] == [True, True]
@@ -615,7 +633,17 @@ def read_by_tarfile(data: bytes) -> list[tuple[Any, ...]]:
                 target = info.linkname.encode("utf-8", "surrogateescape")
             file = tar.extractfile(info) if info.isreg() else None
             kind = KINDS.get(info.type, "?")
-            found.append((normal(info.name), kind, info.mode & 0o7777, info.uid, int(info.mtime // 1), target, file.read() if file else b""))
+            found.append(
+                (
+                    normal(info.name),
+                    kind,
+                    info.mode & 0o7777,
+                    info.uid,
+                    int(info.mtime // 1),
+                    target,
+                    file.read() if file else b"",
+                )
+            )
     return found
 
 
@@ -630,7 +658,10 @@ def read_by_us(data: bytes) -> list[tuple[Any, ...]] | None:
         return None
 
 
-@given(members=st.lists(MEMBERS, max_size=5), form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+@given(
+    members=st.lists(MEMBERS, max_size=5),
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
 @settings(max_examples=150, deadline=None)
 def test_A_19_what_tarfile_writes_is_read_as_tarfile_reads_it(members: list[dict[str, Any]], form: int) -> None:
     data = packed_by_tarfile(members, form)
@@ -642,7 +673,9 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     blocks = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(blocks) // 512) * 512
-        field = chance.choice([(0, 8), (100, 136), (136, 148), (156, 157), (157, 165), (257, 265), (345, 360), (0, 512)])
+        field = chance.choice(
+            [(0, 8), (100, 136), (136, 148), (156, 157), (157, 165), (257, 265), (345, 360), (0, 512)]
+        )
         for _ in range(chance.randint(1, 3)):
             blocks[at + chance.randrange(*field)] = chance.choice(b"\0 0157LKxg5/.-\x80\xff=\n")
         if blocks[at + 257 : at + 262] == b"ustar":

@@ -309,7 +309,7 @@ ADD = "echo user:100000:65536 | sudo tee -a /etc/subuid /etc/subgid"
          "echo user:270000:65536 | sudo tee -a /etc/subuid /etc/subgid"),
         ({**HELPERS, **ROWS, "/etc/subgid": "other:165535:1\nuser:100000:65536\n"}, SETUID,
          "/etc/subgid gives some of your gids to other too",
-         "echo user:165536:65536 | sudo tee -a /etc/subuid /etc/subgid"),
+         "sudoedit /etc/subgid, and make your row there user:165536:65536"),
     ],
 )  # fmt: skip
 def test_H_04_why_there_is_no_range(

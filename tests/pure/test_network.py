@@ -105,6 +105,13 @@ def test_a_host_without_a_resolver_has_none_to_lend(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_that_is_no_utf_8_is_carried_in_all_the_same(tmp_path: Path) -> None:
+    host = machine(tmp_path, {"/etc/hosts": ""})
+    for name in ("resolv.conf", "hosts"):
+        (tmp_path / "etc" / name).write_bytes(b"# caf\xe9\n")
+    assert steps(BARE, host) == [etc("resolv.conf", "# caf\ufffd\n"), etc("hosts", "# caf\ufffd\n127.0.1.1 app\n")]
+
+
 def test_without_a_network_there_is_the_loopback_and_its_names_and_nothing_is_borrowed(tmp_path: Path) -> None:
     files = {"/etc/hosts": "10.0.0.1 intra\n", "/etc/resolv.conf": "nameserver 10.0.0.1\n"}
     bundle = {"/etc/ssl/certs/ca-certificates.crt": "x"}

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -94,7 +95,7 @@ def _sweep(places: str, fault: str, status: tuple[int, ...]) -> str:
             assert life.returncode in status, f"{point}: ended with {life.returncode}: {said}"
             path = _at(places, point)
             if os.path.lexists(path):
-                assert_store_sound(path, again=lambda path=path: live(path))  # type: ignore[misc]  # no annotation fits
+                assert_store_sound(path, again=partial(live, path))
             safe += 1
             delete_tree(path)
     return f"{safe} of {len(points)} points safe"

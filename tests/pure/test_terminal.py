@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -385,7 +386,7 @@ def test_a_reader_who_starts_after_the_end_still_gets_everything(inner: Pty, hel
     assert status_of(relay) == 0
 
 
-def test_what_writes_on_after_the_end_does_not_hold_the_relay(outer: Pty, inner: Pty, held: ExitStack) -> None:
+def test_what_writes_on_after_the_end_does_not_hold_the_relay(inner: Pty, held: ExitStack) -> None:
     alive, done = pipe(held)
 
     def runaway() -> None:
@@ -393,12 +394,14 @@ def test_what_writes_on_after_the_end_does_not_hold_the_relay(outer: Pty, inner:
         while True:
             os.write(inner.slave, b"y\n" * 2000)
 
+    out, mouth = pipe(held)
+    fcntl.fcntl(mouth, fcntl.F_SETPIPE_SZ, 4096)
+    source, typist = pipe(held)
     start(held, runaway)
-    relay = relay_until(held, alive, inner, outer.slave, outer.slave, done)
+    relay = relay_until(held, alive, inner, source, mouth, done, typist, out)
     os.close(done)  # the payload proper has ended
-    sink = start(held, lambda: read(outer.master))
+    start(held, lambda: read(out))
     assert status_of(relay) == 0
-    stop(sink)
 
 
 def test_nothing_is_read_that_cannot_be_held(inner: Pty, held: ExitStack) -> None:
@@ -413,6 +416,19 @@ def test_nothing_is_read_that_cannot_be_held(inner: Pty, held: ExitStack) -> Non
                 written += os.write(inner.slave, b"x" * 4096)
             relay.step(master, select.POLLIN)
             assert written < 1 << 20
+
+
+def test_output_goes_on_in_a_file_where_that_stands(inner: Pty, held: ExitStack, tmp_path: Path) -> None:
+    log = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT)
+    held.callback(os.close, log)
+    os.write(log, b"before\n")
+    alive, done = pipe(held)
+    source, typist = pipe(held)
+    writer = payload(held, inner, done, lambda: os.write(1, b"within"))
+    relay = relay_until(held, alive, inner, source, log, typist)
+    assert (status_of(writer), status_of(relay)) == (0, 0)
+    os.write(log, b"\nafter\n")
+    assert (tmp_path / "log").read_bytes() == b"before\nwithin\nafter\n"
 
 
 def test_the_callers_files_stay_blocking(outer: Pty, inner: Pty, held: ExitStack) -> None:
@@ -449,6 +465,25 @@ def test_the_end_of_a_pipe_ends_the_payloads_input(inner: Pty, held: ExitStack, 
     os.close(typist)
     assert read(out) == said.replace(b"\n", b"\r\n")
     assert (status_of(cat), status_of(relay)) == (0, 0)
+
+
+def test_the_end_of_a_pipe_ends_one_read_and_not_the_next(inner: Pty, held: ExitStack) -> None:
+    alive, done = pipe(held)
+    source, typist = pipe(held)
+    out, mouth = pipe(held)
+
+    def twice() -> None:
+        while os.read(0, 100):
+            pass
+        os.write(1, b"more" if select.select([0], [], [], 0)[0] else b"no more")
+
+    reader = payload(held, inner, done, twice)
+    relay = relay_until(held, alive, inner, source, mouth, typist, out)
+    os.close(mouth)
+    write_all(typist, b"a line\n")
+    os.close(typist)
+    assert read(out) == b"a line\r\nno more"
+    assert (status_of(reader), status_of(relay)) == (0, 0)
 
 
 def test_a_payload_that_reads_keys_gets_the_key_itself(inner: Pty, held: ExitStack) -> None:
@@ -774,24 +809,24 @@ def test_a_size_that_changed_during_a_suspension_is_passed_on(outer: Pty, held: 
     assert shell.heard() == "0"
 
 
-def test_in_the_background_output_flows_and_the_terminal_is_the_shells(outer: Pty, held: ExitStack) -> None:
+def test_in_the_background_output_flows_input_waits_and_the_modes_are_the_shells(outer: Pty, held: ExitStack) -> None:
     before = outer.modes()
 
-    def sleeper() -> None:
+    def worker() -> None:
         os.kill(0, signal.SIGSTOP)
         os.write(1, b"working")
-        os.read(0, 100)
-        os.write(1, b"done")
+        os.write(1, b"got " + os.read(0, 100))
 
-    shell = Shell(held, outer, lambda: launch(outer, sleeper))
+    shell = Shell(held, outer, lambda: launch(outer, worker))
     assert shell.heard() == "stopped"
+    os.write(outer.master, b"early\n")
+    read_to(outer.master, b"early\r\n")  # echoed by the caller's terminal
     shell.do("bg")
-    read_to(outer.master, b"working")
+    assert read_to(outer.master, b"working") == b"working"
     assert outer.modes() == before
     shell.do("front")  # no SIGCONT comes with this
     eventually(lambda: is_raw(outer))
-    os.write(outer.master, b"go on\n")
-    read_to(outer.master, b"done")
+    read_to(outer.master, b"got early\r\n")
     assert shell.heard() == "0"
     assert outer.modes() == before
 
