@@ -67,7 +67,7 @@ def clean(path: bytes, limits: Limits = LIMITS) -> bytes:
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     if b".." in parts:
         raise ArchiveError(f"{show(path)}: a path with '..' in it")
-    if any(len(part) > limits.component for part in parts):
+    if max(map(len, parts), default=0) > limits.component:
         raise ArchiveError(f"{show(path)}: a file name of more than {limits.component} bytes")
     return b"/".join(parts)
 

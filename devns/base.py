@@ -135,7 +135,15 @@ def _system(spec: Spec, host: Host) -> Iterator[Step]:
 
 def _environment(spec: Spec, host: Host) -> Iterator[Step]:
     name = "root" if spec.user.identity == "root" else host.user
-    for key, value in (("HOME", _home(spec, host)), ("USER", name), ("LOGNAME", name), ("PATH", PATH), ("DEVNS", spec.name)):
+    # pip, pipx and uv put programs here when the system's own directories are not theirs to write.
+    path = PATH if spec.user.identity == "root" else f"{host.home}/.local/bin:{PATH}"
+    for key, value in (
+        ("HOME", _home(spec, host)),
+        ("USER", name),
+        ("LOGNAME", name),
+        ("PATH", path),
+        ("DEVNS", spec.name),
+    ):
         yield setenv(key, value, default=True)
     passed = [*PASSED, *(key for key in host.environ if key.startswith("LC_"))]
     for key in passed:

@@ -419,11 +419,13 @@ def _is_open(fd: int) -> bool:
 def _exec(argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     """execvp(3): a name without a slash is looked for along the PATH inside."""
     name = argv[0]
-    places = [name] if "/" in name else [f"{part or '.'}/{name}" for part in env.get("PATH", "/usr/bin:/bin").split(":")]
+    places = (
+        [name] if "/" in name else [f"{part or '.'}/{name}" for part in env.get("PATH", "/usr/bin:/bin").split(":")]
+    )
     failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     for path in places:
         try:
-            os.execve(path, argv, env)
+            os.execve(path, list(argv), env)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 failure = error

@@ -306,5 +306,3 @@ def _plain(value: object) -> str:
     if isinstance(value, list):
         return "\n".join(map(str, value)) or "-"
     return "-" if value is None else str(value)
-
-

@@ -89,7 +89,7 @@ def _range(host: Host, which: str, own: int) -> Rows:
     if granted is None:
         raise Unsupported(
             f"this host grants {host.user} no range of subordinate {which}s: no line in /etc/sub{which}",
-            hint=f"ask for: usermod --add-sub{which}s 100000-165535 {host.user}; or set map = \"single\" in [user]",
+            hint=f'ask for: usermod --add-sub{which}s 100000-165535 {host.user}; or set map = "single" in [user]',
         )
     start, count = granted
     if own >= INSIDE_IDS:

@@ -14,9 +14,9 @@ Three processes, always called so:
            ────────────── signal ─────────────────────────────────────▶ kill the payload
       release outside steps in reverse, return the status
 
-The parent is here, the other two and the payload in child.py. One socket pair carries the messages, JSON objects, one a packet. Nobody outlives the one before: the kernel's death
-signal runs down the chain, and init ends when the socket closes; with init the kernel ends everything in its PID
-namespace.
+The parent is here, the other two and the payload in child.py. One socket pair carries the messages, JSON objects, one
+a packet. Nobody outlives the one before: the kernel's death signal runs down the chain, and init ends when the socket
+closes; with init the kernel ends everything in its PID namespace.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def started(
     trace: Callable[[str], None] | None = None,
     effects: Collection[str] = _BUNDLED,
 ) -> Iterator[Running]:
-    """Launch `plan` and hold it: on leaving the context whatever still runs inside ends, and outside steps are released.
+    """Launch `plan` and hold it: on leaving the context what still runs inside ends, and outside steps are released.
 
     `call` is run inside instead of the Plan's `argv`. `stdio` are the descriptors the payload gets as 0, 1 and 2; where
     0 and 1 are the caller's terminal it gets one of its own instead. `trace` is told each step as it runs. Outside

@@ -106,7 +106,9 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _pivot_root(_encode(new_root), _encode(put_old))
 
 
-def fsmount(fstype: str, options: Mapping[str, str | None] | Sequence[tuple[str, str | None]] = (), attr: int = 0) -> int:
+def fsmount(
+    fstype: str, options: Mapping[str, str | None] | Sequence[tuple[str, str | None]] = (), attr: int = 0
+) -> int:
     """A new file system as a detached mount: its descriptor. An option whose value is None is a flag."""
     context = _fsopen(fstype.encode(), 1)  # FSOPEN_CLOEXEC
     try:
@@ -282,7 +284,7 @@ CAPABILITIES = tuple(  # <linux/capability.h>, in the order of their numbers
     net_broadcast net_admin net_raw ipc_lock ipc_owner sys_module sys_rawio sys_chroot sys_ptrace sys_pacct sys_admin
     sys_boot sys_nice sys_resource sys_time sys_tty_config mknod lease audit_write audit_control setfcap mac_override
     mac_admin syslog wake_alarm block_suspend audit_read perfmon bpf checkpoint_restore
-    """.split()  # noqa: SIM905  forty quoted names are harder to read
+    """.split()
 )
 
 

@@ -1,6 +1,6 @@
 """spaces: a Python function, or a command, in fresh namespaces over the host's own files. For programs.
 
-    devns.namespaces(pid=True, hostname="box").call(socket.gethostname)  # "box"
+devns.namespaces(pid=True, hostname="box").call(socket.gethostname)  # "box"
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def unpack_debs(
     Worker processes share the work, the biggest package first; `report` is called here for each that is done. The
     result depends on the order of `debs` only: where two packages have the same directory, the first one's mode,
     owner and time count, as if dpkg had unpacked them in this order; where two have the same file, nothing is
-    guessed. (Only directories that no package has are as old as they are.) Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the .deb.
+    guessed. Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the .deb.
     """
     root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -235,10 +235,8 @@ def _sources_file(suite: str, sources: Mirrors) -> str:
     return "\n".join(stanzas)
 
 
-def _lists(
-    suite: str, releases: Sequence[Release], architecture: str, sources: Mirrors, cache: str
-) -> dict[str, str]:
-    """With these apt installs at once, and from what was verified here. It names them as URItoFileName() of apt does."""
+def _lists(suite: str, releases: Sequence[Release], architecture: str, sources: Mirrors, cache: str) -> dict[str, str]:
+    """With these apt installs at once, from what was verified here. The names are those of apt's URItoFileName()."""
     lists = {}
     for (name, archive), verified in zip(_suites(suite), releases, strict=True):
         url = mirrors.hide(sources.url(archive)).partition("://")[2]

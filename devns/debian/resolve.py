@@ -25,13 +25,13 @@ def resolve(index: Index, requested: Sequence[str]) -> tuple[Package, ...]:
 
     TemplateError for a name that doesn't exist, and for a request that nothing in the archive can satisfy.
     """
-    roots = [*base(index), *(_real(index, name) for name in requested)]
+    wanted = [_real(index, name) for name in requested]
     marks = _Marks(index)
-    marks.install(list(dict.fromkeys(roots)))
-    if broken := marks.broken():
-        blamed = next((name for name in roots if name in broken), broken[0])
+    marks.install(list(dict.fromkeys([*base(index), *wanted])))
+    if marks.broken():
+        blamed, clauses = marks.explain([*wanted, *base(index)])
         raise TemplateError(
-            f"packages: {blamed} can't be installed: {'; '.join(marks.explain(blamed))}",
+            f"packages: {blamed} can't be installed: {'; '.join(clauses)}",
             hint="leave one of them out" if len(requested) > 1 else None,
         )
     return tuple(p.package for name in sorted(marks.installed) if (p := index.candidate(name)) is not None)
@@ -88,23 +88,42 @@ class _Marks:
             self.installed.add(name)
         for name in names:
             _run(self._mark(name, deep=True, requested=True))
+        # A later request may have unmarked what an earlier one chose: another choice may be left.
+        before: list[str] = []
+        while (broken := self.broken()) and broken != before:
+            before = broken
+            for name in broken:
+                _run(self._mark(name, deep=True, requested=name in names))
 
     def broken(self) -> list[str]:
         return sorted(name for name in self.installed if self._is_broken(self._paragraph(name)))
 
-    def explain(self, name: str, seen: frozenset[str] = frozenset()) -> list[str]:
-        """The chain of what is missing, from `name` down, a clause each."""
+    def explain(self, roots: Sequence[str]) -> tuple[str, list[str]]:
+        """Which of `roots` can't be installed, and the chain from it to what is missing, a clause each."""
+        broken = set(self.broken())
+        ways: list[tuple[str, str, list[str]]] = [(root, root, []) for root in roots]
+        seen: set[str] = set()
+        for root, name, clauses in ways:  # it grows
+            if name in broken:
+                return root, clauses + self._explain(name)
+            for group in self._paragraph(name).depends if name not in seen else ():
+                names = {p.package.name for relation in group for p in self._solutions(relation)} & self.installed
+                ways += [(root, needed, [*clauses, f"{name} needs {_text(group)}"]) for needed in sorted(names)]
+            seen.add(name)
+        return sorted(broken)[0], self._explain(sorted(broken)[0])
+
+    def _explain(self, name: str, seen: frozenset[str] = frozenset()) -> list[str]:
         paragraph = self._paragraph(name)
         for group in paragraph.depends:
             if self._satisfied(group):
                 continue
-            said = [f"{name} needs {' | '.join(map(str, group))}"]
+            said = [f"{name} needs {_text(group)}"]
             for relation in group:
                 if found := [p.package.name for p in self._solutions(relation) if p.package.name not in seen | {name}]:
                     blame = self.blames.get(found[0])
                     if blame and blame.conflict:
                         return [*said, f"{found[0]} conflicts with {blame.conflict}"]
-                    return said + self.explain(found[0], seen | {name})
+                    return said + self._explain(found[0], seen | {name})
             return said + [self._missing(relation) for relation in group[:1]]
         for relation in paragraph.conflicts:
             if enemy := self._enemy(paragraph, relation):
@@ -286,6 +305,10 @@ class _Marks:
         self.discarded.add(name)
         if blame is not None:
             self.blames.setdefault(name, blame)
+
+
+def _text(group: Group) -> str:
+    return " | ".join(map(str, group))
 
 
 def _run(marking: Marking) -> bool:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 # One component: a run of non-digits, then a run of digits, either may be empty.
 _component = re.compile(r"([^0-9]*)([0-9]*)")
-_grammar = re.compile(r"(?:[0-9]+:)?[A-Za-z0-9.+~:-]+", re.ASCII)
+_grammar = re.compile(r"[0-9]+:[A-Za-z0-9.+~:-]+|[A-Za-z0-9.+~-]+")
 
 Part = tuple[tuple[tuple[int, ...], int, str], ...]
 Key = tuple[Part, Part, Part]
@@ -47,8 +47,9 @@ def key(version: str) -> Key:
 
 
 def _part(text: str) -> Part:
-    # The last match is empty: it stands for the end of the string, which sorts after "~" and before all else.
-    return tuple((_letters(letters), len(digits), digits) for letters, digits in _runs(text))
+    # No revision is revision 0. The last match is empty: the end of the string, which sorts after "~" and before all
+    # else.
+    return tuple((_letters(letters), len(digits), digits) for letters, digits in _runs(text or "0"))
 
 
 def _runs(text: str) -> list[tuple[str, str]]:

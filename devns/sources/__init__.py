@@ -35,4 +35,4 @@ def find(source: str) -> Source:
     scheme = source.partition(":")[0]
     if scheme not in _MODULES:
         raise TemplateError(f"root.from: no such source: {scheme}", hint=f"one of: {', '.join(sorted(_MODULES))}")
-    return importlib.import_module(f"devns.sources.{_MODULES[scheme]}")  # type: ignore[return-value]  # a module fits
+    return importlib.import_module(f"devns.sources.{_MODULES[scheme]}")

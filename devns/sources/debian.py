@@ -68,7 +68,9 @@ def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Pr
         progress=progress,
     )
     debs = archive.fetch(selection, host=host, cache=cache, progress=progress)
-    scripts = _unpack(recipe, root, host, cache, [(debs[p.name], p.name, p.version) for p in selection.packages], progress)
+    scripts = _unpack(
+        recipe, root, host, cache, [(debs[p.name], p.name, p.version) for p in selection.packages], progress
+    )
     _configure(recipe, root, host, cache, selection, scripts, progress)
     return {"packages": {package.name: package.version for package in selection.packages}}
 
@@ -95,13 +97,17 @@ def _unpack(
     def call() -> str:
         if owners:
             os.chown("/root", 0, 0)
-        os.chmod("/root", 0o755)
-        report = lambda record: os.write(1, f"{record.key}\n".encode())  # noqa: E731  # one line a package
-        records = unpack.unpack_debs(inside, "/root", owners=owners, workers=workers, report=report)
+        os.chmod("/root", 0o755)  # noqa: S103  # what / is everywhere
+        records = unpack.unpack_debs(inside, "/root", owners=owners, workers=workers, report=_report)
         return " ".join(record.key for record in records if "preinst" in record.scripts)
 
     keys = sealed.run_sealed(plan, call=call, line=lambda text: progress.advance()).split()
     return sorted(keys, key=lambda key: (*(key.partition(":")[0] != name for name in _FIRST), key))
+
+
+def _report(record: unpack.DebRecord) -> None:
+    """One line a package, for the parent to count."""
+    os.write(1, f"{record.key}\n".encode())
 
 
 def _configure(
@@ -149,9 +155,7 @@ def _apt_conf(map: str) -> str:
     return 'APT::Sandbox::User "root";\n' if map == "single" else ""
 
 
-def _script(
-    recipe: dict[str, Any], preinsts: Sequence[str], selection: archive.Selection, files: Sequence[str]
-) -> str:
+def _script(recipe: dict[str, Any], preinsts: Sequence[str], selection: archive.Selection, files: Sequence[str]) -> str:
     """What runs inside, readable: the files that are ours, the preinsts, the configuration, and a tidy end."""
     lines = ["set -eu", "umask 022"]
     for number, path in enumerate(files):
@@ -167,7 +171,7 @@ def _script(
         "dpkg --configure -a --force-depends",
         "rm -f /usr/sbin/policy-rc.d",
         "mkdir -p /var/lib/apt/lists/partial",
-        "for list in /run/devns/lists/*; do [ -f \"$list\" ] && cp \"$list\" /var/lib/apt/lists/; done",
+        'for list in /run/devns/lists/*; do [ -f "$list" ] && cp "$list" /var/lib/apt/lists/; done',
         # What only this build knows does not belong to a layer that others share.
         "[ ! -e /etc/machine-id ] || : > /etc/machine-id",
         "rm -f /var/log/dpkg.log /var/log/alternatives.log /var/log/bootstrap.log /var/log/apt/*.log",

@@ -16,7 +16,7 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     if spec.root.packages:
         raise TemplateError(
             "root.packages: a dir: root is used as it stands, nothing is installed in it",
-            hint="devns run --root -- apt-get install ..., or from = \"debian:bookworm\"",
+            hint='devns run --root -- apt-get install ..., or from = "debian:bookworm"',
         )
     return []
 

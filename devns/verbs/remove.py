@@ -18,9 +18,7 @@ def remove(name: str, bench: Bench) -> None:
     except ForeignFiles as left:
         # What belongs to subordinate ids only their own root may delete: it is one in a namespace where they are.
         trash, entry = os.path.split(left.path)
-        plan = sealed.sealed_plan(
-            bench.host, map="range", inside=[tmpfs("/"), bind(trash, "/trash", readonly=False)]
-        )
+        plan = sealed.sealed_plan(bench.host, map="range", inside=[tmpfs("/"), bind(trash, "/trash", readonly=False)])
 
         def call() -> str:
             store.delete_tree(f"/trash/{entry}")

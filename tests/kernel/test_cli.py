@@ -289,7 +289,9 @@ def test_a_program_reads_the_librarys_answer_as_from_subprocess(home: Path, tmp_
     )
     env = {**os.environ, "HOME": str(home), "DEVNS_STORE": str(tmp_path / "store")}
     env["PYTHONPATH"] = f"{CHECKOUT}:{CHECKOUT / 'plugins'}"
-    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=home, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=home, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
     assert json.loads(done.stdout) == [0, "hello", 0.3, list(sys.version_info[:2]), "host"]
 

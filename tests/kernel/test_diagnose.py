@@ -336,12 +336,17 @@ def test_H_17_a_uid_that_nobody_knows_has_a_host(require: Require) -> None:
     assert as_another(seen) == [4242, 4242, [], "user", "/", "/.local/share/devns", None]
 
 
-def test_P_03_a_program_of_a_stranger_is_not_found(tmp_path: Path, require: Require) -> None:
+@pytest.mark.parametrize("taken", ["program", "directory", "link"])
+def test_P_03_what_a_stranger_could_change_is_not_found(taken: str, tmp_path: Path, require: Require) -> None:
     require("range")
-    program = tmp_path / "tool"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    host = replace(Host.probe(), environ={"PATH": str(tmp_path)})
+    paths = {"directory": tmp_path / "real", "program": tmp_path / "real/tool", "link": tmp_path / "bin"}
+    paths["directory"].mkdir(mode=0o755)
+    paths["program"].write_text("#!/bin/sh\n")
+    paths["program"].chmod(0o755)
+    paths["link"].symlink_to("real")
+    host = replace(Host.probe(), environ={"PATH": str(paths["link"])})
     mine = host.which("tool")
-    as_another(lambda: os.chown(program, 5, 5))
-    assert (mine, host.which("tool")) == (str(program), None)
+    as_another(lambda: os.lchown(paths[taken], 5, 5))
+    theirs = host.which("tool")
+    as_another(lambda: os.lchown(paths[taken], 0, 0))  # so that it can be removed
+    assert (mine, theirs, host.which("tool")) == (f"{paths['link']}/tool", None, f"{paths['link']}/tool")

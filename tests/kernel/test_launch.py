@@ -353,7 +353,10 @@ def test_a_terminal_inside_is_an_own_one(planned: Any) -> None:
 
 def test_ctrl_c_interrupts_the_payload_and_not_devns(planned: Any) -> None:
     status, said = terminal(
-        planned, "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.05; done", keys=b"\x03", answer=b"ready"
+        planned,
+        "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.05; done",
+        keys=b"\x03",
+        answer=b"ready",
     )
     assert status == 9
     assert b"caught" in said
@@ -366,5 +369,5 @@ def test_E_13_nothing_pushed_into_a_terminal_arrives_at_the_callers(planned: Any
         "    try: fcntl.ioctl(0, number, b'x'); print('pushed')\n"
         "    except (OSError, OverflowError) as error: print('refused')\n"
     )
-    _status, said = terminal(planned, f"/usr/bin/python3 -I -c \"{program}\"")
+    _status, said = terminal(planned, f'/usr/bin/python3 -I -c "{program}"')
     assert said.split() == [b"refused", b"refused"]

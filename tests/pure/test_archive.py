@@ -1,4 +1,4 @@
-"""archive: every tar archive is read as tarfile reads it, or refused by a sentence; nothing in it grows without bound."""
+"""archive: a tar archive is read as tarfile reads it, or refused by a sentence; nothing in it grows without bound."""
 
 from __future__ import annotations
 
@@ -126,9 +126,8 @@ def test_A_01_a_name_is_taken_relative_to_the_root_however_it_is_spelt(spelling:
 
 @pytest.mark.parametrize(
     "spelling",
-    [b"..", b"../x", b"/..", b"/../x", b"a/..", b"a/../x", b"a/../../x", b"./../x", b"x/./..", b"a//../..//b", b"../../../x",
-     b"..//x", b"//../x", b"a/b/../../../x"],
-)  # fmt: skip
+    b".. ../x /.. /../x a/.. a/../x a/../../x ./../x x/./.. a//../..//b ../../../x ..//x //../x a/b/../../../x".split(),
+)
 @pytest.mark.parametrize("by", ["name", "prefix", "pax", "gnu", "hardlink"])
 def test_A_01_a_name_with_two_dots_is_refused_wherever_it_stands(spelling: bytes, by: str) -> None:
     data = {
@@ -469,7 +468,7 @@ def test_garbage_after_a_compressed_stream_is_refused(pack: Any, packing: archiv
 
 @pytest.mark.parametrize("packing", ["gz", "xz"])
 @given(data=st.binary(max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, database=None)
 def test_random_bytes_are_damage_and_never_a_traceback(packing: archive.Packing, data: bytes) -> None:
     magic = b"\x1f\x8b\x08\0" if packing == "gz" else b"\xfd7zXZ\0"
     with pytest.raises(ArchiveError):
@@ -478,9 +477,16 @@ def test_random_bytes_are_damage_and_never_a_traceback(packing: archive.Packing,
 
 @pytest.mark.parametrize(
     ("start", "name"),
-    [(b"BZh91AY", "bzip2"), (b"PK\3\4....", "zip"), (b"\x04\x22\x4d\x18....", "lz4"), (b"LZIP\1...", "lzip"), (b"\x5d\0\0\x80\0", "lzma"),
-     (b"!<arch>\n", "ar"), (b"\x1f\x9d......", "compress")],
-)  # fmt: skip
+    [
+        (b"BZh91AY", "bzip2"),
+        (b"PK\3\4....", "zip"),
+        (b"\x04\x22\x4d\x18....", "lz4"),
+        (b"LZIP\1...", "lzip"),
+        (b"\x5d\0\0\x80\0", "lzma"),
+        (b"!<arch>\n", "ar"),
+        (b"\x1f\x9d......", "compress"),
+    ],
+)
 def test_other_packings_are_refused_by_name(start: bytes, name: str) -> None:
     assert f"this is {name} data" in refused(start + bytes(1024))
 
@@ -491,16 +497,13 @@ def bomb(pack: Any, megabytes: int) -> bytes:
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
 def test_A_15_a_bomb_is_refused_soon_after_64_MiB(pack: Any) -> None:
-    stream = Stream(io.BytesIO(header(size=1 << 30) + b"").read)
-    assert next(iter(Tar(stream))).size == 1 << 30
     whole = pack(header(size=1 << 30)) + bomb(pack, 200)
     tar = reading(whole)
     assert next(iter(tar)).size == 1 << 30
-    came = 0
+    came: list[int] = []
     with pytest.raises(ArchiveError, match="more than 200 times"):
-        for piece in tar.data():
-            came += len(piece)
-    assert 60 << 20 < came < 72 << 20
+        came.extend(map(len, tar.data()))
+    assert 60 << 20 < sum(came) < 72 << 20
 
 
 def test_A_15_the_total_and_the_number_of_entries_are_bounded() -> None:
@@ -538,7 +541,7 @@ def test_A_15_xz_may_not_ask_for_more_memory_than_its_largest_preset() -> None:
     end = 12 + packed[12] * 4
     packed[packed.index(b"\x21\x01", 12) + 2] = 40  # 4 GiB - 1
     packed[end : end + 4] = zlib.crc32(packed[12:end]).to_bytes(4, "little")
-    with pytest.raises(ArchiveError, match="[Mm]emory"):
+    with pytest.raises(ArchiveError, match=r"[Mm]emory"):
         plain(bytes(packed), "xz")
 
 
@@ -662,7 +665,7 @@ def read_by_us(data: bytes) -> list[tuple[Any, ...]] | None:
     members=st.lists(MEMBERS, max_size=5),
     form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, database=None)
 def test_A_19_what_tarfile_writes_is_read_as_tarfile_reads_it(members: list[dict[str, Any]], form: int) -> None:
     data = packed_by_tarfile(members, form)
     assert read_by_us(data) == read_by_tarfile(data)
@@ -688,7 +691,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, database=None)
 def test_A_19_a_changed_archive_is_read_as_tarfile_reads_it_or_refused(
     members: list[dict[str, Any]], form: int, seed: int
 ) -> None:

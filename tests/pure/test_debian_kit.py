@@ -178,4 +178,4 @@ def send(body: bytes, *, status: int = 200, length: int | None = None, **headers
 def test_what_the_kit_signs_is_believed_when_its_key_is_trusted() -> None:
     signer = Signer()
     text = release_text({"a": b"b"})
-    assert openpgp.verify(signer.sign(text), signer.trust, name="x", now=NOW).text == text.rstrip(b"\n")
+    assert openpgp.verify(signer.sign(text), signer.trust, name="x", now=NOW).text.rstrip(b"\n") == text.rstrip(b"\n")

@@ -282,6 +282,7 @@ def test_access_goes_by_the_permission_bits(host: MakeHost) -> None:
         ("/opt/bin/", "/opt/bin/tool"),
         (".:bin::../bin:/opt/bin", "/opt/bin/tool"),
         (".", None),
+        ("usr/bin:opt/bin", None),
         ("", None),
         ("/none:/usr/bin/tool:/srv", None),  # a file, and a directory of that name
         ("/etc:/usr/bin", "/usr/bin/tool"),  # not executable in /etc
