@@ -110,7 +110,7 @@ class _Gzip:
 class _Zstandard:
     """The PyPI module has no `max_length`: feed it so little that even a bomb stays small (4 bytes make 128 KiB)."""
 
-    _FEED = 1024
+    _FEED = 256
 
     def __init__(self, decoder: Any) -> None:
         self._zstd = decoder

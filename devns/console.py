@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from devns.decode import escape
 from devns.errors import DevnsError
 from devns.progress import Progress, Silent, Unit
 
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
-    """`text` with what would act on a terminal escaped: control characters, and those that turn reading around."""
-    return "".join(char if _harmless(char) else f"\\u{ord(char):04x}" for char in text)
-
-
-def _harmless(char: str) -> bool:
-    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    """`text`, its lines kept, with what would act on a terminal escaped."""
+    return "\n".join(map(escape, text.replace("\t", "    ").split("\n")))
 
 
 def say(text: str) -> None:

@@ -210,6 +210,9 @@ def started(
             for step in plan["outside"]:
                 tell_step(_line(step))
                 held.enter_context(_effect(step["op"], effects)(step, Child(pid, note)))
+            # Once more, so that what runs inside has ended before what it stood on is released.
+            held.callback(running.collect)
+            held.callback(running.end)
             for text in plan["notes"]:
                 note(text)
             running.go(errand.own_terminal)

@@ -144,24 +144,36 @@ def bind(
     recursive: bool = True,
     optional: bool = False,
     own: bool = False,
+    canonical: bool = False,
     default: bool = False,
 ) -> Step:
     """The host's file or directory `src` at `dst`; with `dst="/"` it is the root itself.
 
     `optional`: nothing happens where `src` does not exist. `own`: it belongs to this environment alone (its home, its
-    root), so mount points may be made in it. Set-user-ID bits and device files mean nothing beneath it.
+    root), so mount points may be made in it. `canonical`: `src` has no symbolic link in it, and where one is found it
+    was put there since the Plan was made, which is refused. Set-user-ID bits and device files mean nothing beneath it.
     """
-    extra = {key: True for key, said in (("optional", optional), ("own", own)) if said}
+    extra = {key: True for key, said in (("optional", optional), ("own", own), ("canonical", canonical)) if said}
     return _step("bind", dst=dst, src=src, readonly=readonly, recursive=recursive, default=default, **extra)
 
 
 def open_bind(step: Step) -> Opened:
     try:
-        return [linux.clone_tree(step["src"], recursive=step["recursive"])]
+        if not step.get("canonical"):
+            return [linux.clone_tree(step["src"], recursive=step["recursive"])]
+        root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            source = linux.resolve_in(root_fd, step["src"], symlinks=False)
+        finally:
+            os.close(root_fd)
     except FileNotFoundError:
         if step.get("optional"):
             return []
         raise
+    try:
+        return [linux.clone_tree("", directory=source, recursive=step["recursive"])]
+    finally:
+        os.close(source)
 
 
 def apply_bind(step: Step, root: NewRoot, opened: Opened) -> None:

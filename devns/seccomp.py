@@ -64,8 +64,8 @@ NR, ARCH = _load(0), _load(4)
 
 
 def _argument(index: int) -> Instruction:
-    """The low half of an argument, on a little-endian machine. All that we judge are ints to the kernel, which drops
-    the high half; comparing 64 bits would let ioctl(fd, 0x1_0000_5412) through (CVE-2019-10063)."""
+    """The low half of an argument, on a little-endian machine. All that is judged here is an int to the kernel, which
+    drops the high half or refuses it; comparing 64 bits would let ioctl(fd, 0x1_0000_5412) by (CVE-2019-10063)."""
     return _load(16 + 8 * index)
 
 
@@ -157,7 +157,8 @@ def deny(machine: str, *, nested: bool, setuid_bits: bool) -> bytes:
 
     `nested`: mounts and namespaces are allowed, for containers inside. `setuid_bits`: files may be made setuid and
     setgid, which package managers need. Elsewhere such a file, made in a project that others can reach, would lend
-    the caller's own uid to other users of the host; the price is that directories can't be made setgid either.
+    the caller's own uid to other users of the host; the price is that directories can't be made setgid either, nor
+    keep the bit through a chmod, which in a tree shared by a group is noticed.
     """
     rules = [] if setuid_bits else _setuid_rules()
     rules += [
@@ -238,7 +239,7 @@ def emulate_root(machine: str) -> bytes:
 
 
 def ignore_sync(machine: str) -> bytes:
-    """Answers the fsync family with success, at once: for a build, which syncs once when all is done, or starts anew."""
+    """Answers the fsync family with success, at once: for a build, which syncs once when it is done, or starts anew."""
     return _filter(machine, ((name, [SUCCEED]) for name in SYNCS), foreign=ALLOW, x32=ALLOW)
 
 

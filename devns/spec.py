@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -185,8 +185,8 @@ def _resolved(source: str, document: Document) -> str:
         return source
     if path == "~" or path.startswith("~/"):
         path = document.home + path[1:]
-    beside = os.path.dirname(document.at("root").child("from").file)
-    return f"{kind}:{os.path.normpath(os.path.join(beside, path))}"
+    beside = posixpath.dirname(document.at("root").child("from").file)
+    return f"{kind}:{posixpath.normpath(posixpath.join(beside, path))}"
 
 
 def _check_root(root: Root, at: At) -> None:

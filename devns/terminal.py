@@ -70,20 +70,20 @@ def imitate(terminal: int, slave: int) -> None:
 
 
 def copy_size(terminal: int, pty: int) -> None:
-    """Rows, columns and pixels; the kernel sends SIGWINCH inside if they differ from what was. `pty`: either end."""
+    """Copy rows, columns and pixels; the kernel sends SIGWINCH inside if they differ from what was. `pty`: either end."""
     size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8)
     fcntl.ioctl(pty, termios.TIOCSWINSZ, size)
 
 
 def lead_session(slave: int) -> None:
-    """Init: a new session, with the slave as its controlling terminal. Keep the slave open, so that the master sees
+    """Init: start a session with the slave as its controlling terminal. The slave stays open, so that the master sees
     no end while the payload happens to have closed it. When the master goes, SIGHUP comes here and only here."""
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
 
 def take_foreground(slave: int) -> None:
-    """The payload, between fork and exec: a process group of its own, in the foreground of init's session."""
+    """The payload, between fork and exec: make a process group, and put it in the foreground of init's session."""
     os.setpgid(0, 0)
     # From the background tcsetpgrp(3) is answered with SIGTTOU, unless that is blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
@@ -222,7 +222,7 @@ class Relay:
             self._close()
 
     def resize(self) -> None:
-        """Passes the caller's window size in."""
+        """Pass the caller's window size in."""
         if self._sized is not None and self._master >= 0:
             try:
                 copy_size(self._sized, self._master)
@@ -230,14 +230,14 @@ class Relay:
                 pass  # hung up, as the next read or write will say
 
     def resume(self) -> None:
-        """Takes up again what others may have changed while we were stopped: modes, size, who has the keyboard."""
+        """Take up again what others may have changed while we were stopped: modes, size, who has the keyboard."""
         if self._raw is not None:
             self._background = not in_foreground(self._raw.terminal)
             self._raw.enter()
         self.resize()
 
     def suspend(self) -> None:
-        """Gives the terminal back and stops this process's whole job; returns when the job has been continued.
+        """Give the terminal back and stop this process's whole job; return when it has been continued.
 
         By SIGTSTP to the process group, as the terminal itself would do it, and not by SIGSTOP to this process: a
         shell takes over only when all of a pipeline has stopped; and where nobody could continue us, in an orphaned
@@ -254,7 +254,7 @@ class Relay:
         self.resume()
 
     def hang_up(self) -> None:
-        """Closes the master: init gets SIGHUP, and the slave reads an end of file and fails to write with EIO."""
+        """Close the master: init gets SIGHUP, and the slave reads an end of file and fails to write with EIO."""
         self.hung_up = True
         self._output.clear()
         self._output_ended = self._input_ended = True
@@ -277,7 +277,7 @@ class Relay:
         return want
 
     def step(self, fd: int, events: int) -> None:
-        """Moves what moves without waiting, after poll(2) reported `events` for `fd`."""
+        """Move what moves without waiting, after poll(2) reported `events` for `fd`."""
         if fd == self._stdin:
             self._type(events)
         self._deliver()
@@ -294,8 +294,8 @@ class Relay:
         self._push()
         return not self._output
 
-    def patience(self) -> int | None:
-        """How long to poll, in milliseconds: in the background nothing tells us that we are in front again."""
+    def before_poll(self) -> int | None:
+        """Notice a return to the foreground, of which no signal tells. Returns how long to poll, in milliseconds."""
         if self._background and self._raw is not None and in_foreground(self._raw.terminal):
             self.resume()
         return BACKGROUND_CHECK if self._background else None
@@ -372,7 +372,7 @@ class Relay:
         return key * 2 if modes[3] & termios.ICANON and self._line_open else key
 
     def _settle(self) -> None:
-        """Before a stop: writes what the payload said last, as to leave the alternate screen. In a second at most."""
+        """Before a stop, write what the payload said last, as to leave the alternate screen. In a second at most."""
         poll = select.poll()
         poll.register(self._stdout, select.POLLOUT)
         for _ in range(10):
@@ -405,7 +405,7 @@ def _own(fd: int, access: int) -> int:
 
 
 def serve(relay: Relay | None, watch: Mapping[int, Callable[[], object]]) -> None:
-    """Relays until a callback of `watch` returns something true, then until all output has been written.
+    """Relay until a callback of `watch` returns something true, then until all output has been written.
 
     `watch` says what to call when an fd is readable or at its end (the control socket, the signal wakeup fd); entries
     may come and go meanwhile. The one that ended it is called no more, the others are while the rest of the output is
@@ -416,7 +416,7 @@ def serve(relay: Relay | None, watch: Mapping[int, Callable[[], object]]) -> Non
     polled: dict[int, int] = {}
     finished: int | None = None  # the fd whose callback said so
     while not (finished is not None and (relay is None or relay.drained())):
-        patience = relay.patience() if relay is not None else None
+        timeout = relay.before_poll() if relay is not None else None
         want = {fd: select.POLLIN for fd in watch if fd != finished}
         if relay is not None:
             want.update(relay.wanted())
@@ -426,7 +426,7 @@ def serve(relay: Relay | None, watch: Mapping[int, Callable[[], object]]) -> Non
             for fd in want:
                 poll.register(fd, want[fd])
             polled = want
-        ready = poll.poll(patience)
+        ready = poll.poll(timeout)
         watched = [fd for fd, _ in ready if fd in watch]
         for fd in watched:
             callback = watch.get(fd)  # an earlier one may have removed it

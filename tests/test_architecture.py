@@ -176,7 +176,7 @@ def test_only_the_command_line_ends_an_error_that_is_meant_for_the_user() -> Non
         if isinstance(node, ast.ExceptHandler) and "DevnsError" in names(node.type)
         if not isinstance(node.body[-1], ast.Raise)  # to say it better, or to let it by, is no end
     }
-    assert enders <= {"devns.cli", "devns.unpack"}  # whose process sends it on to the one that waits for it
+    assert enders <= {"devns.cli", "devns.child", "devns.unpack"}  # the latter send it on to the process that waits
 
 
 def test_every_module_opens_with_the_sentence_that_says_what_it_owns() -> None:

@@ -19,6 +19,8 @@ from devns.errors import TemplateError
 # dependencies are deeper than Python's stack.
 Marking = Generator["Marking", bool, bool]
 
+_ROUNDS = 3  # each mends what the one before broke
+
 
 def resolve(index: Index, requested: Sequence[str]) -> tuple[Package, ...]:
     """Everything that `requested`, apt and the Essential packages need, sorted by name.
@@ -89,10 +91,8 @@ class _Marks:
         for name in names:
             _run(self._mark(name, deep=True, requested=True))
         # A later request may have unmarked what an earlier one chose: another choice may be left.
-        before: list[str] = []
-        while (broken := self.broken()) and broken != before:
-            before = broken
-            for name in broken:
+        for _ in range(_ROUNDS):
+            for name in self.broken():
                 _run(self._mark(name, deep=True, requested=name in names))
 
     def broken(self) -> list[str]:

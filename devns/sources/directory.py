@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     if spec.root.packages:
         raise TemplateError(
-            "root.packages: a dir: root is used as it stands, nothing is installed in it",
+            f"{spec.template}: root.packages: a dir: root is used as it stands, nothing is installed in it",
             hint='devns run --root -- apt-get install ..., or from = "debian:bookworm"',
         )
     return []
@@ -24,7 +24,7 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
 def directories(spec: Spec, host: Host) -> list[str]:
     path = spec.root.source.removeprefix("dir:")
     if host.kind(path) != "directory":
-        raise TemplateError(f"root.from: {path}: no such directory")
+        raise TemplateError(f"{spec.template}: root.from: {path}: no such directory")
     return [path]
 
 

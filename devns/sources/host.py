@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from devns.errors import TemplateError
+
 if TYPE_CHECKING:
     from devns.host import Host
     from devns.progress import Progress
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
 
 
 def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
+    if spec.root.packages:
+        raise TemplateError(
+            f"{spec.template}: root.packages: the host's own root is read-only, nothing is installed in it",
+            hint='from = "debian:bookworm" in [root], or extends = "debian12"',
+        )
     return []
 
 

@@ -21,10 +21,10 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     """The file is known by its place, size and times: it is not read to find that it did not change."""
     path = spec.root.source.removeprefix("tar:")
     if spec.root.packages:
-        raise TemplateError("root.packages: a tar: root is used as it stands, nothing is installed in it")
+        raise TemplateError(f"{spec.template}: root.packages: a tar: root is used as it stands, nothing is installed in it")
     status = host.stat(path)
     if status is None or host.kind(path) != "file":
-        raise TemplateError(f"root.from: {path}: no such file")
+        raise TemplateError(f"{spec.template}: root.from: {path}: no such file")
     return [
         {
             "label": "tar",

@@ -9,7 +9,7 @@ from devns.workflow import Bench, Options
 
 
 def run(name: str | None, argv: Sequence[str], bench: Bench, options: Options = Options()) -> int:
-    """Run `argv` in the environment of `name`, built where it is missing; returns its exit status, 128+n on a signal."""
+    """Run `argv` in the environment of `name`, built where it is missing; returns its exit status."""
     spec = workflow.understand(name, bench, options)
     environment = workflow.prepare(spec, bench)
     plan = workflow.plan(spec, bench, argv, options)

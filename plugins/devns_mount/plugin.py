@@ -94,7 +94,7 @@ def devns_plan(spec: Spec, host: Host) -> Iterable[Step]:
     for number, row in enumerate(table.bind):
         src = _source(row.src, f"bind[{number}].src", spec, host, optional=row.optional)
         dst = _destination(row.dst, f"bind[{number}].dst", spec, host)
-        yield bind(src, dst, readonly=row.mode == "ro", optional=row.optional)
+        yield bind(src, dst, readonly=row.mode == "ro", optional=row.optional, canonical=True)
     for number, layer in enumerate(table.overlay):
         lower = _source(layer.lower, f"overlay[{number}].lower", spec, host)
         if host.kind(lower) != "directory":
@@ -119,7 +119,7 @@ def _home(table: MountTable, spec: Spec, host: Host) -> Iterator[Step]:
     if table.home == "private":
         yield bind(f"{_place(spec, host)}/home", host.home, readonly=False, own=True)
     else:
-        yield bind(host.realpath(host.home), host.home, readonly=False)
+        yield bind(host.realpath(host.home), host.home, readonly=False, canonical=True)
         yield from _hide_own(host.realpath(host.home), host.home, host)
     if spec.user.identity == "self":  # root's home is /root
         yield setenv("HOME", host.home, default=True)
@@ -135,7 +135,7 @@ def _project(table: MountTable, spec: Spec, host: Host) -> Iterator[Step]:
     if _is_forbidden(project) or project == host.home:
         raise _error(spec, "project", f"{project} cannot be mounted as a project", 'set project = "none" in [mount]')
     if table.project != "overlay":
-        yield bind(project, project, readonly=table.project == "ro")
+        yield bind(project, project, readonly=table.project == "ro", canonical=True)
     elif _is_beneath(host.realpath(host.store), project):
         raise _error(spec, "project", f"an overlay of {project} cannot keep what is written inside it, in {host.store}")
     else:

@@ -312,11 +312,11 @@ def test_a_hundred_runs_leave_nothing_behind(devns: Devns, project: Path, home: 
     devns("init", "host", cwd=project)
     devns("run", "--", "true", cwd=project)
 
-    def traces() -> tuple[list[str], str, set[str]]:
+    def traces() -> tuple[list[str], str, list[str]]:
         files = sorted(str(path) for path in home.rglob("*"))
         with open("/proc/self/mountinfo") as listing:
             mounts = listing.read()
-        return files, mounts, {pid for pid in os.listdir("/proc") if pid.isdigit() and _devns(pid)}
+        return files, mounts, [pid for pid in os.listdir("/proc") if pid.isdigit() and _belongs(pid, home)]
 
     before = traces()
     for _ in range(100):
@@ -324,9 +324,10 @@ def test_a_hundred_runs_leave_nothing_behind(devns: Devns, project: Path, home: 
     assert traces() == before
 
 
-def _devns(pid: str) -> bool:
+def _belongs(pid: str, home: Path) -> bool:
+    """Was it started with this home, which is this test's alone?"""
     try:
-        with open(f"/proc/{pid}/cmdline") as file:
-            return "\0-m\0devns\0" in file.read()
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return f"HOME={home}".encode() in file.read().split(b"\0")
     except OSError:
         return False

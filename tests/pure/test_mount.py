@@ -70,7 +70,7 @@ def test_without_a_word_a_project_is_writable_where_it_lies_and_the_home_is_the_
         bind(f"{PLACE}/home", HOME, readonly=False, own=True),
         setenv("HOME", HOME, default=True),
         cwd(PROJECT),
-        bind(PROJECT, PROJECT, readonly=False),
+        bind(PROJECT, PROJECT, readonly=False, canonical=True),
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_named_template_has_no_project_to_mount_and_starts_at_home(host: Host)
 
 
 def test_a_project_can_be_read_only(host: Host) -> None:
-    assert steps({"project": "ro", "home": "none"}, host) == [cwd(PROJECT), bind(PROJECT, PROJECT)]
+    assert steps({"project": "ro", "home": "none"}, host) == [cwd(PROJECT), bind(PROJECT, PROJECT, canonical=True)]
 
 
 def test_an_overlay_of_the_project_keeps_what_is_written_with_the_environment(host: Host) -> None:
@@ -100,7 +100,7 @@ def test_without_project_and_home_nothing_of_the_host_is_seen(host: Host) -> Non
 
 def test_the_hosts_home_is_bound_writable_with_what_devns_keeps_there_hidden(host: Host) -> None:
     assert steps({"project": "none", "home": "host"}, host) == [
-        bind(HOME, HOME, readonly=False),
+        bind(HOME, HOME, readonly=False, canonical=True),
         mask(f"{HOME}/.config/devns"),
         mask(STORE),
         mask(f"{HOME}/.local/state/devns"),
@@ -155,34 +155,36 @@ def test_a_home_that_is_the_root_directory_is_refused(tmp_path: Path) -> None:
 def test_a_bind_is_read_only_unless_it_says_otherwise(host: Host) -> None:
     data = {"bind": [{"src": "/srv/data", "dst": "/data"}, {"src": "/srv/data", "dst": "/data-rw", "mode": "rw"}]}
     assert steps(data | NONE, host)[1:] == [
-        bind("/srv/data", "/data"),
-        bind("/srv/data", "/data-rw", readonly=False),
+        bind("/srv/data", "/data", canonical=True),
+        bind("/srv/data", "/data-rw", readonly=False, canonical=True),
     ]
 
 
 def test_a_tilde_is_the_hosts_home_on_the_left_and_the_home_inside_on_the_right(host: Host) -> None:
     data = {"bind": [{"src": "~/.cache/pip", "dst": "~/.cache/pip"}], **NONE}
-    assert steps(data, host)[1:] == [bind(f"{HOME}/.cache/pip", f"{HOME}/.cache/pip")]
-    assert steps(data, host, user=User(identity="root"))[1:] == [bind(f"{HOME}/.cache/pip", "/root/.cache/pip")]
+    assert steps(data, host)[1:] == [bind(f"{HOME}/.cache/pip", f"{HOME}/.cache/pip", canonical=True)]
+    assert steps(data, host, user=User(identity="root"))[1:] == [
+        bind(f"{HOME}/.cache/pip", "/root/.cache/pip", canonical=True)
+    ]
 
 
 def test_a_relative_source_lies_in_the_project(host: Host) -> None:
-    assert steps({**NONE, **source("./src")}, host)[1:] == [bind(f"{PROJECT}/src", "/mnt/x")]
+    assert steps({**NONE, **source("./src")}, host)[1:] == [bind(f"{PROJECT}/src", "/mnt/x", canonical=True)]
 
 
 def test_a_destination_is_normalised(host: Host) -> None:
     data = {"bind": [{"src": "/srv/data", "dst": "//data/./deep/"}], **NONE}
-    assert steps(data, host)[1:] == [bind("/srv/data", "/data/deep")]
+    assert steps(data, host)[1:] == [bind("/srv/data", "/data/deep", canonical=True)]
 
 
 def test_a_source_is_named_by_where_it_really_lies(host: Host, tmp_path: Path) -> None:
     (tmp_path / "srv/link").symlink_to("data")
-    assert steps({**NONE, **source("/srv/link")}, host)[1:] == [bind("/srv/data", "/mnt/x")]
+    assert steps({**NONE, **source("/srv/link")}, host)[1:] == [bind("/srv/data", "/mnt/x", canonical=True)]
 
 
 def test_an_optional_source_may_be_missing(host: Host) -> None:
     assert steps({**NONE, **source("/srv/none", optional=True)}, host)[1:] == [
-        bind("/srv/none", "/mnt/x", optional=True)
+        bind("/srv/none", "/mnt/x", optional=True, canonical=True)
     ]
 
 
@@ -298,7 +300,7 @@ def test_C_11_a_link_in_the_project_leads_nowhere_else(tmp_path: Path, target: s
 
 def test_C_11_a_link_in_the_project_that_stays_there_is_followed(host: Host, tmp_path: Path) -> None:
     (tmp_path / PROJECT[1:] / "link").symlink_to(f"{PROJECT}/src")
-    assert steps({**NONE, **source("link")}, host)[1:] == [bind(f"{PROJECT}/src", "/mnt/x")]
+    assert steps({**NONE, **source("link")}, host)[1:] == [bind(f"{PROJECT}/src", "/mnt/x", canonical=True)]
 
 
 def test_C_11_dots_do_not_lead_out_of_the_project(host: Host) -> None:
