@@ -57,9 +57,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 @contextmanager
-def _bench(*, verbose: bool = False, as_json: bool = False) -> Iterator[Bench]:
+def _bench(*, verbose: bool = False, as_json: bool = False, enters: bool = False) -> Iterator[Bench]:
     host = Host.probe()
     refuse_setuid()
+    if host.uid == 0 and enters:
+        console.tell("you are root: devns needs no root, and what runs inside gains nothing by it")
     with console.progress(as_json=as_json) as progress:
         yield Bench(host, plugins.load(host), progress, console.tell, console.tell if verbose else None)
 
@@ -83,7 +85,7 @@ def shell(
     """Open a shell in an environment, built the first time."""
     from devns.verbs.shell import shell
 
-    with _bench(verbose=verbose) as bench:
+    with _bench(verbose=verbose, enters=True) as bench:
         status = shell(env, bench, _options(root, map, set, workdir))
     raise typer.Exit(status)
 
@@ -103,7 +105,7 @@ def run(
 
     if not context.obj:
         raise DevnsError("run: no command", hint="devns run [ENV] -- CMD: the command stands after two dashes")
-    with _bench(verbose=verbose) as bench:
+    with _bench(verbose=verbose, enters=True) as bench:
         status = run(env, context.obj, bench, _options(root, map, set, workdir))
     raise typer.Exit(status)
 

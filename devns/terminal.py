@@ -70,7 +70,7 @@ def imitate(terminal: int, slave: int) -> None:
 
 
 def copy_size(terminal: int, pty: int) -> None:
-    """Copy rows, columns and pixels; the kernel sends SIGWINCH inside if they differ from what was. `pty`: either end."""
+    """Copy rows, columns and pixels to either end of a pty; where they change the kernel sends SIGWINCH inside."""
     size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8)
     fcntl.ioctl(pty, termios.TIOCSWINSZ, size)
 

@@ -142,7 +142,7 @@ def test_several_signatures_need_one_that_counts() -> None:
     assert verify(SIGNED, both).signers == (SIGNER.fingerprint,)
 
 
-# --- keys that were good once -----------------------------------------------------------------------------------------
+# --- keys that were good once ---------------------------------------------------------------------------------------
 # Made with gpg --faked-system-time 20250101T000000! --allow-weak-digest-algos, each the certificate and "Origin: test"
 # signed by it. The first expired on 2025-06-01; the second was revoked later.
 

@@ -125,7 +125,7 @@ def run(code: list[tuple[int, int, int, int]], arch: int, nr: int, arguments: Ar
         op, jt, jf, k = code[pc]
         pc += 1
         if op == 0x20:  # ld [k]
-            assert k % 4 == 0 and k < 64
+            assert k in range(0, 64, 4)
             (a,) = struct.unpack_from("<I", data, k)
         elif op == 0x54:  # and #k
             a &= k
@@ -237,8 +237,10 @@ machines = pytest.mark.parametrize("machine", MACHINES)
 # Numbers that are judged by an argument come up more often than the 500 others, and values that matter more than noise.
 judged = ["ioctl", "socket", "socketpair", "clone", "unshare", "open", "openat", "openat2", *MODE]
 interesting = st.sampled_from(
-    [0x5412, 0x541C, 0, 1, 2, 10, 16, 17, 38, 40, 0o100, 0o20000000, 0o20200000, 0o644, 0o4755, 0o2755, 0o1777]
-    + [0o104755, 0o020644, 0o060644, 0o010644, 0o140777, 0x80, 17, 0x3D0F00, *NEW_NAMESPACES]
+    [
+        *(0x5412, 0x541C, 0, 1, 2, 10, 16, 17, 38, 40, 0o100, 0o20000000, 0o20200000, 0o644, 0o4755, 0o2755, 0o1777),
+        *(0o104755, 0o020644, 0o060644, 0o010644, 0o140777, 0x80, 17, 0x3D0F00, *NEW_NAMESPACES),
+    ]
 )
 argument = st.builds(
     lambda low, high: low | high << 32, interesting | st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)
@@ -530,7 +532,7 @@ def differences(programs: list[bytes]) -> list[tuple[int, Arguments, int | None,
     machine, sample = platform.machine(), sample_calls()
     wanted = [answer(programs, ARCH[machine], *call) for call in sample]
     got = in_a_child(programs, sample)
-    return [(*call, want, have) for call, want, have in zip(sample, wanted, got) if want != have]
+    return [(*call, want, have) for call, want, have in zip(sample, wanted, got, strict=True) if want != have]
 
 
 @pytest.mark.parametrize("options", [{}, {"nested": True}, {"setuid_bits": True}])
