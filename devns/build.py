@@ -63,3 +63,4 @@ def ensure(spec: Spec, host: Host, store: Store, progress: Progress) -> None:
                 made = source.make(recipe, staging.root, host, store.cache, progress)
                 progress.stage("write to disk")
                 store.commit(staging, name, {"recipe": recipe, **made})
+    progress.end()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from devns.decode import escape
 from devns.errors import DevnsError
-from devns.progress import Progress, Silent, Unit
+from devns.progress import Progress, Unit
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -63,19 +63,15 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress(*, as_json: bool = False, quiet: bool = False) -> Iterator[Progress]:
+def progress(*, as_json: bool = False) -> Iterator[Progress]:
     """What a long job is told to speak to: JSON lines, a drawn bar on a terminal, or plain lines elsewhere."""
-    if quiet:
-        yield Silent()
-    elif as_json:
-        yield JsonLines()
-    elif sys.stderr.isatty():
-        with Drawn() as drawn:
-            yield drawn
-    else:
-        lines = Lines()
-        yield lines
-        lines.end()
+    speaker = JsonLines() if as_json else Drawn() if sys.stderr.isatty() else Lines()
+    try:
+        yield speaker
+    except BaseException:
+        speaker.fail()
+        raise
+    speaker.end()
 
 
 class Lines:
@@ -102,19 +98,22 @@ class Lines:
             tell(f"{self._stage}: done in {took:.1f} s{done}")
             self._stage = None
 
+    def fail(self) -> None:
+        self._stage = None
+
 
 class JsonLines:
-    """One JSON object a line, to standard error: {"event": "stage" | "advance" | "note", ...}."""
+    """One JSON object a line, to standard error: {"event": "stage" | "advance" | "note" | "end", ...}."""
 
     def __init__(self) -> None:
         self._said = 0.0
+        self._begun = False
 
     def _emit(self, **event: Any) -> None:
         print(json.dumps(event), file=sys.stderr, flush=True)
 
     def stage(self, name: str, *, total: int | None = None, unit: Unit = "steps") -> None:
-        self._done = 0
-        self._unit = unit
+        self._done, self._unit, self._begun = 0, unit, True
         self._emit(event="stage", name=name, total=total, unit=unit)
 
     def advance(self, count: int = 1) -> None:
@@ -126,44 +125,71 @@ class JsonLines:
     def note(self, text: str) -> None:
         self._emit(event="note", text=text)
 
+    def end(self) -> None:
+        if self._begun:
+            self._emit(event="end")
+        self._begun = False
+
+    def fail(self) -> None: ...
+
 
 class Drawn:
-    """One line a stage, with a bar, what is done, and the time left."""
+    """One line a stage, with a bar, what is done, and the time left. Drawn when something is said and never by a thread
+    of its own: a build forks."""
 
-    def __enter__(self) -> Drawn:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-        self._bars: Bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=False)
-        self._bars.__enter__()
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
         self._task: TaskID | None = None
-        return self
-
-    def __exit__(self, *reason: Any) -> None:
-        self._finish(failed=reason[0] is not None)
-        self._bars.__exit__(*reason)
-
-    def _finish(self, *, failed: bool = False) -> None:
-        if self._task is not None and not failed:
-            self._bars.update(self._task, total=max(self._done, 1), completed=max(self._done, 1))
-        self._task = None
+        self._drawn = 0.0
 
     def stage(self, name: str, *, total: int | None = None, unit: Unit = "steps") -> None:
-        self._finish()
+        self._complete()
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
         self._done, self._total, self._unit = 0, total, unit
         self._task = self._bars.add_task(printable(name), total=total, amount="")
+        self._bars.refresh()
 
     def advance(self, count: int = 1) -> None:
         self._done += count
-        if self._task is not None:
+        if self._bars is not None and self._task is not None and time.monotonic() - self._drawn > 0.05:
             of = f"/{_amount(self._total, self._unit)}" if self._total is not None else ""
-            amount = f"{_amount(self._done, self._unit)}{of}"
-            self._bars.update(self._task, completed=self._done, amount=amount)
+            self._bars.update(self._task, completed=self._done, amount=f"{_amount(self._done, self._unit)}{of}")
+            self._bars.refresh()
+            self._drawn = time.monotonic()
 
     def note(self, text: str) -> None:
-        self._bars.console.print(f"devns: {printable(text)}", markup=False, highlight=False)
+        if self._bars is None:
+            tell(text)
+        else:
+            self._bars.console.print(f"devns: {printable(text)}", markup=False, highlight=False)
+
+    def end(self) -> None:
+        self._complete()
+        self.fail()
+
+    def fail(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _complete(self) -> None:
+        if self._bars is not None and self._task is not None:
+            whole = max(self._done, 1)
+            amount = _amount(self._done, self._unit) if self._done else ""
+            self._bars.update(self._task, total=whole, completed=whole, amount=amount)
+            self._task = None
+            self._bars.refresh()
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    return Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False)
 
 
 def _amount(count: int | None, unit: Unit) -> str:

@@ -17,6 +17,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """One line worth keeping."""
 
+    def end(self) -> None:
+        """The last stage is over: the screen is another's again. A new stage may begin later."""
+
 
 class Silent:
     """Says nothing: the library's default."""
@@ -26,3 +29,5 @@ class Silent:
     def advance(self, count: int = 1) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def end(self) -> None: ...

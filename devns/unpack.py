@@ -25,16 +25,20 @@ _MERGED = (b"bin", b"sbin", b"lib")
 _MERGED_ALSO: Mapping[str, tuple[bytes, ...]] = {"amd64": (b"lib64",)}
 
 
+def _file_name(path: str | bytes) -> str:
+    return show(os.path.basename(os.fsencode(path)))[1:-1]
+
+
 @contextmanager
-def _about(path: str | bytes | int) -> Iterator[None]:
-    """Name the archive in whatever goes wrong with it; a descriptor has no name."""
-    name = "" if isinstance(path, int) else f"{show(os.path.basename(os.fsencode(path)))[1:-1]}: "
+def _about(name: str) -> Iterator[None]:
+    """Name the archive in whatever goes wrong with it."""
+    start = f"{name}: " if name else ""
     try:
         yield
     except DevnsError as error:
-        raise type(error)(f"{name}{error.message}", hint=error.hint) from error
+        raise type(error)(f"{start}{error.message}", hint=error.hint) from error
     except OSError as error:
-        raise ArchiveError(f"{name}{error.strerror or error}") from error
+        raise ArchiveError(f"{start}{error.strerror or error}") from error
 
 
 @contextmanager
@@ -71,7 +75,8 @@ def unpack_tar(
     was written until then is for the caller to throw away.
     """
     watch = progress or Silent()
-    with _about(archive), open_umask(), _opened(archive) as fd:
+    # A descriptor has no name: the caller knows it.
+    with _about("" if isinstance(archive, int) else _file_name(archive)), open_umask(), _opened(archive) as fd:
 
         def read(size: int) -> bytes:
             data = os.read(fd, size)
@@ -116,7 +121,7 @@ def unpack_deb(
     with no .dpkg-new beside them, `dpkg --configure` takes them for installed. What is a directory stays one, also
     through a symlink (/lib), and keeps its owner, mode and times, as under dpkg. Raises DevnsError naming the .deb.
     """
-    with _about(path), open_umask():
+    with _about(_file_name(path)), open_umask():
         record, found = _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=None)
         created = {path: entry for path, entry in record.directories.items() if path not in found and path}
         settle(root_fd, created, owners=owners)
@@ -214,8 +219,16 @@ def _bytes(text: str) -> bytes:
 # --- all the .debs of a system ----------------------------------------------------------------------------------------
 
 
+Deb = tuple[str, str, str]  # path, and what its package must be: name, version
+
+
+def _label(deb: Deb) -> str:
+    path, name, version = deb
+    return f"{name} {version} ({_file_name(path)})"
+
+
 def unpack_debs(
-    debs: Sequence[tuple[str, str, str]],
+    debs: Sequence[Deb],
     root: str,
     *,
     owners: bool,
@@ -227,7 +240,8 @@ def unpack_debs(
     Worker processes share the work, the biggest package first; `report` is called here for each that is done. The
     result depends on the order of `debs` only: where two packages have the same directory, the first one's mode,
     owner and time count, as if dpkg had unpacked them in this order; where two have the same file, nothing is
-    guessed. Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the .deb.
+    guessed. Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the package and
+    its .deb.
     """
     root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -238,7 +252,7 @@ def unpack_debs(
 
 
 def _unpack_debs(
-    debs: Sequence[tuple[str, str, str]],
+    debs: Sequence[Deb],
     root_fd: int,
     owners: bool,
     workers: int,
@@ -250,13 +264,13 @@ def _unpack_debs(
 
     def job(index: int) -> DebRecord:
         path, name, version = debs[index]
-        with _about(path):
+        with _about(_label(debs[index])):
             return _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=architecture)[0]
 
-    biggest_first = sorted(range(len(debs)), key=lambda index: -_size(debs[index][0]))
+    biggest_first = sorted(range(len(debs)), key=lambda index: -_size(debs[index]))
     done: dict[int, DebRecord] = {}
     with _crew(min(workers, len(debs)), job) as crew:
-        for index, record in _share(crew, biggest_first, [path for path, _, _ in debs]):
+        for index, record in _share(crew, biggest_first, [_label(deb) for deb in debs]):
             done[index] = record
             report(record)
 
@@ -275,15 +289,15 @@ def _unpack_debs(
     return records
 
 
-def _size(path: str) -> int:
-    with _about(path):
-        return os.stat(path).st_size
+def _size(deb: Deb) -> int:
+    with _about(_label(deb)):
+        return os.stat(deb[0]).st_size
 
 
-def _architecture(debs: Sequence[tuple[str, str, str]]) -> tuple[str, int]:
+def _architecture(debs: Sequence[Deb]) -> tuple[str, int]:
     """What the packages are for, by the first that isn't for all; and when that one was built, in nanoseconds."""
-    for path, _, _ in debs:
-        with _about(path), _opened(path) as fd:
+    for deb in debs:
+        with _about(_label(deb)), _opened(deb[0]) as fd:
             control, _ = open_deb(fd)
             if control.architecture != "all":
                 return control.architecture, control.files["control"].mtime
@@ -384,7 +398,7 @@ def _start_worker(job: Callable[[int], DebRecord], before: Sequence[_Worker]) ->
     return _Worker(pid, tasks_end, answers_end)
 
 
-def _share(crew: Sequence[_Worker], indexes: Sequence[int], paths: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
+def _share(crew: Sequence[_Worker], indexes: Sequence[int], labels: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
     """Give each worker that is free the next index, until all are done."""
     todo = list(reversed(indexes))
     free = list(crew)
@@ -404,8 +418,7 @@ def _share(crew: Sequence[_Worker], indexes: Sequence[int], paths: Sequence[str]
             worker, index, line = busy[fd]
             line += (data := os.read(fd, 1 << 16))
             if not data:
-                name = os.path.basename(paths[index])
-                raise DevnsError(f"{name}: the process that unpacked it died (out of memory?)")
+                raise DevnsError(f"{labels[index]}: the process that unpacked it died (out of memory?)")
             if line.endswith(b"\n"):
                 del busy[fd]
                 free.append(worker)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import zlib
 
 import pytest
 
@@ -211,7 +210,7 @@ def test_S_12_a_bomb_is_stopped_at_the_promised_size() -> None:
     with pytest.raises(Untrusted, match="more than the 1000 bytes"):
         index.decompress(bomb, ".xz", 1000)
     with pytest.raises(Untrusted, match="more than the 1000 bytes"):
-        index.decompress(zlib.compress(bytes(1 << 24), wbits=31), ".gz", 1000)
+        index.decompress(gzip.compress(bytes(1 << 24)), ".gz", 1000)
 
 
 def test_damaged_data_is_refused() -> None:

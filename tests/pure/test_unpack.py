@@ -1019,13 +1019,13 @@ def test_packages_that_ship_the_merged_links_agree_with_them(root: Path, tmp_pat
 def test_the_error_of_a_worker_names_the_package(root: Path, tmp_path: Path, workers: int) -> None:
     good = [package(tmp_path, f"good{n}", file(f"./g{n}")) for n in range(3)]
     bad = package(tmp_path, "bad", file("./f"), hardlink("./h", "./nowhere"))
-    with pytest.raises(ArchiveError, match=r"^bad\.deb: 'h': No such file"):
+    with pytest.raises(ArchiveError, match=r"^bad 1\.0 \(bad\.deb\): 'h': No such file"):
         all_into(root, *good, bad, workers=workers)
 
 
 def test_a_package_for_another_machine_is_refused(root: Path, tmp_path: Path) -> None:
     other = renamed(package(tmp_path, "bb", architecture="arm64"), tmp_path / "b.deb")
-    with pytest.raises(ArchiveError, match=r"^b\.deb: a package for arm64, not for amd64"):
+    with pytest.raises(ArchiveError, match=r"^bb 1\.0 \(b\.deb\): a package for arm64, not for amd64"):
         all_into(root, package(tmp_path, "aa"), other)
 
 
@@ -1041,15 +1041,15 @@ def test_a_root_with_packages_is_refused(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DevnsError, match=r"^gone\.deb: No such file"):
-        all_into(root, package(tmp_path, "one"), (str(tmp_path / "gone.deb"), "gone", "1"))
+    with pytest.raises(DevnsError, match=r"^gone 1\.0 \(gone\.deb\): No such file"):
+        all_into(root, package(tmp_path, "one"), (str(tmp_path / "gone.deb"), "gone", "1.0"))
 
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unpack, "_unpack_deb", lambda *arguments, **how: os.kill(os.getpid(), 9))
-    with pytest.raises(DevnsError, match=r"^one\.deb: the process that unpacked it died"):
+    with pytest.raises(DevnsError, match=r"^one 1\.0 \(one\.deb\): the process that unpacked it died"):
         all_into(root, package(tmp_path, "one"))
 
 
