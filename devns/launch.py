@@ -153,8 +153,10 @@ class Running:
             if number in (signal.SIGWINCH, signal.SIGCONT):
                 if self._relay is not None:
                     self._relay.resume() if number == signal.SIGCONT else self._relay.resize()
-            else:
+            elif self.status is None:
                 self.signal(signal.SIGSTOP if number == signal.SIGTSTP else number)
+            elif number != signal.SIGTSTP:
+                return True  # it has ended, and nobody reads the rest of what it said: the caller gives that up
         return False
 
     def _suspend(self) -> None:

@@ -1,0 +1,174 @@
+"""Debian's real archive, through this machine's own mirror: believed, and resolved as apt resolves it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from devns.debian import archive, index, mirrors, resolve, version
+from devns.debian.errors import MirrorError
+from devns.errors import TemplateError, Unsupported
+from devns.host import Host
+
+SEED = 20250809
+REQUESTS = 40  # for each suite
+
+
+@dataclass(frozen=True)
+class Real:
+    """One suite as the mirror has it now."""
+
+    host: Host
+    cache: str
+    selection: archive.Selection
+    index: index.Index
+
+    def names(self) -> list[str]:
+        return sorted(self.index.files[0].offsets)
+
+
+@pytest.fixture(scope="module", params=archive.SUITES)
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
+    host, cache = Host.probe(), tmp_path_factory.mktemp("cache")
+    try:
+        architecture = archive.architecture_of(host.machine)
+        selection = archive.select(request.param, [], architecture=architecture, host=host, cache=str(cache))
+    except MirrorError as error:
+        pytest.skip(f"needs a Debian mirror that can be reached: {error}")
+    except Unsupported as error:
+        pytest.skip(f"needs a Debian mirror: {error}")
+    files = []
+    for name in (request.param, f"{request.param}-updates", f"{request.param}-security"):
+        (path,) = (cache / "indexes").glob(f"{name}-{architecture}-*")
+        files.append(index.scan(path.read_bytes(), suite=name, archive="security" if "sec" in name else "main"))
+    return Real(host, str(cache), selection, index.Index(files, architecture))
+
+
+def test_the_archive_is_debians_and_has_a_base_system(real: Real) -> None:
+    names = {package.name for package in real.selection.packages}
+    assert {"apt", "base-files", "libc6", "dpkg", "debian-archive-keyring"} <= names
+    assert "usrmerge" not in names
+    assert set(real.selection.released) == {
+        f"{real.selection.suite}{pocket}" for pocket in ("", "-updates", "-security")
+    }
+
+
+def test_every_paragraph_of_the_archive_can_be_read(real: Real) -> None:
+    assert all(real.index.candidate(name) is not None for name in real.names()[::7])
+
+
+def test_packages_are_fetched_and_are_packages(real: Real) -> None:
+    few = replace(real.selection, packages=tuple(sorted(real.selection.packages, key=lambda p: p.size)[:12]))
+    for path in archive.fetch(few, host=real.host, cache=real.cache).values():
+        assert Path(path).read_bytes().startswith(b"!<arch>\ndebian-binary ")
+
+
+def test_versions_compare_as_dpkg_compares_them(real: Real) -> None:
+    dpkg = shutil.which("dpkg")
+    if dpkg is None:
+        pytest.skip("needs dpkg, which no one has installed here")
+    data = real.index.files[0].data
+    found = {
+        text.decode() for text in re.findall(rb"\nVersion: (.*)|\([<>=]+ ([^)\s]*)\)", data) for text in text if text
+    }
+    known, dice = sorted(found), random.Random(SEED)
+    pairs = [(at, at + dice.randint(-3, 3)) for at in dice.sample(range(3, len(known) - 3), 300)]
+    pairs += [(dice.randrange(len(known)), dice.randrange(len(known))) for _ in range(100)]
+    wrong = [
+        (a, b)
+        for a, b in ((known[left], known[right]) for left, right in pairs)
+        if (version.compare(a, b) < 0) != _says(dpkg, a, "lt", b)
+        or (version.compare(a, b) > 0) != _says(dpkg, a, "gt", b)
+    ]
+    assert wrong == []
+
+
+def _says(dpkg: str, a: str, relation: str, b: str) -> bool:
+    # dpkg warns of versions that don't begin with a digit, and compares them.
+    command = [dpkg, "--compare-versions", a, relation, b]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+# --- the same question to apt ---------------------------------------------------------------------------------------
+
+
+class Apt:
+    """An apt of our own, with the same archive and an empty system, that needs no root and changes nothing."""
+
+    def __init__(self, real: Real, root: Path) -> None:
+        for name in ("lists/partial", "cache/archives/partial", "etc"):
+            (root / name).mkdir(parents=True)
+        (root / "status").touch()
+        # That it is Debian's was checked already, with keys that this machine may not have where apt looks for them.
+        sources = re.sub(r"(?m)^Signed-By: .*$", "Trusted: yes", real.selection.sources)
+        (root / "debian.sources").write_text(sources)
+        route = mirrors.find(real.host).route
+        settings = {
+            "Dir::Etc": f"{root}/etc",
+            "Dir::Etc::SourceList": f"{root}/debian.sources",
+            **dict.fromkeys(("Dir::Etc::SourceParts", "Dir::Etc::Parts", "Dir::Etc::PreferencesParts"), "/dev/null"),
+            "Dir::State": str(root),
+            "Dir::State::Lists": f"{root}/lists",
+            "Dir::State::status": f"{root}/status",
+            "Dir::Cache": f"{root}/cache",
+            "APT::Architecture": real.selection.architecture,
+            "APT::Install-Recommends": "false",
+            "APT::Sandbox::User": "",
+            "Acquire::Languages": "none",
+            "Acquire::Check-Valid-Until": "false",
+            "Acquire::Check-Date": "false",
+            # apt's own way to say "for this host only": Acquire::http::Proxy::HOST
+            **{"Acquire::" + re.sub("^https?", r"\g<0>::Proxy", key): value for key, value in route.proxies.items()},
+        }
+        lines = [f'{key} "{value}";' for key, value in settings.items()]
+        (root / "apt.conf").write_text(
+            "\n".join([*lines, f'APT::Architectures {{ "{real.selection.architecture}"; }};\n'])
+        )
+        self.environ = {**os.environ, "APT_CONFIG": f"{root}/apt.conf", "LC_ALL": "C"}
+        done = self._run("update")
+        if done.returncode:
+            pytest.skip(f"needs an apt that can read the mirror: {done.stderr.strip()}")
+
+    def answer(self, packages: Sequence[str]) -> set[str] | None:
+        """name=version of all that would be installed, or None where apt refuses.
+
+        --print-uris stops when the decision is made: --simulate would go on to put it in order, for ten times as long.
+        """
+        done = self._run("install", "-qq", "--print-uris", *packages)
+        if done.returncode:
+            return None
+        names = re.findall(r"(?m)^'[^']+' (\S+)_(\S+)_[^_]+\.deb ", done.stdout)
+        return {f"{name}={said.replace('%3a', ':')}" for name, said in names}
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["apt-get", *arguments], check=False, capture_output=True, text=True, env=self.environ)
+
+
+@pytest.fixture(scope="module")
+def apt(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Apt:
+    if shutil.which("apt-get") is None:
+        pytest.skip("needs apt-get, to be asked the same questions; it is not installed")
+    return Apt(real, tmp_path_factory.mktemp("apt"))
+
+
+def test_what_is_installed_is_what_apt_would_install(real: Real, apt: Apt) -> None:
+    base, dice = resolve.base(real.index), random.Random(SEED)
+    differing = {}
+    for _ in range(REQUESTS):
+        request = dice.sample(real.names(), dice.choice((1, 1, 2, 3, 5, 8)))
+        try:
+            ours = {f"{package.name}={package.version}" for package in resolve.resolve(real.index, request)}
+        except TemplateError:
+            ours = None
+        theirs = apt.answer([*base, *request])
+        if ours != theirs:
+            differing[" ".join(request)] = (ours or set()) ^ (theirs or set())
+    assert differing == {}
