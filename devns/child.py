@@ -260,9 +260,21 @@ def _drop(plan: Plan, programs: Sequence[bytes]) -> None:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if limits["scoped"]:
+        with _step("landlock"):
+            _scope(plan["namespaces"])
     with _step("seccomp"):
         for program in programs:
             linux.seccomp_set_filter(program)
+
+
+def _scope(namespaces: Sequence[str]) -> None:
+    """Where a namespace is the caller's, Landlock keeps what it would have kept, on kernels that can: the abstract
+    sockets of the host's network, and signals to the caller's other processes."""
+    scopes = 0 if "net" in namespaces else linux.LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET
+    scopes |= 0 if "pid" in namespaces else linux.LANDLOCK_SCOPE_SIGNAL
+    if scopes and linux.landlock_abi() >= 6:
+        linux.landlock_scope(scopes)
 
 
 def _open_terminal(control: socket.socket, stdio: Sequence[int]) -> int:

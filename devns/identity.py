@@ -57,7 +57,7 @@ def identity(spec: Spec, host: Host) -> dict[str, Any]:
 
 
 def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
-    """`{"capabilities", "seccomp", "nested", "setuid_bits"}` for the payload: decided here and by no plugin."""
+    """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload: decided here and by no plugin."""
     root = ids["uid"] == 0 and spec.user.identity == "root"
     emulate = root and ids["map"] == "single"
     return {
@@ -65,6 +65,7 @@ def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
         "seccomp": ["deny", "emulate-root"] if emulate else ["deny"],
         "nested": spec.user.nested,
         "setuid_bits": root,
+        "scoped": True,
     }
 
 

@@ -52,6 +52,7 @@ def sealed_plan(
             "seccomp": [*filters, "ignore-sync"],
             "nested": False,
             "setuid_bits": True,
+            "scoped": True,
         },
         "rlimits": LIMITS,
         "inside": [*inside, hostname("localhost"), loopback(), no_user_namespaces()],

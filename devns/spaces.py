@@ -98,6 +98,7 @@ def namespaces(
             "seccomp": [],
             "nested": True,
             "setuid_bits": True,
+            "scoped": False,
         },
         "rlimits": {},
         "inside": inside,

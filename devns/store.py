@@ -252,26 +252,20 @@ class Store:
         """The sorted keys of layers that no environment names, nothing runs over and no build holds."""
         with _telling(self.path):
             unnamed = set(self.layers()).difference(*(environment.layers for environment in self.environments()))
+            if not unnamed:
+                return ()
             with self._asking():
                 return tuple(key for key in sorted(unnamed) if not self._is_held(f"layer@{key}"))
 
     def remove_layer(self, key: str) -> None:
         """Remove a layer that is unused; else raise InUse."""
         path = f"{self.path}/layers/{_checked(key, is_key)}"
-        with _telling(path):
-            if not os.path.lexists(path):
-                raise DevnsError(f"{key}: no such layer")
-            self._complete()
-            self._unpin(key)
-            lock = f"layer@{key}"
-            with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{key}: in use", _LEAVE):
-                for environment in self.environments():
-                    if key in environment.layers:
-                        name = environment.name
-                        raise InUse(f"{key}: in use by the environment {name}", hint=f"devns remove {name}")
-                trashed = self._trash(path)
-                os.unlink(self._lock(lock))
-            delete_tree(trashed)
+        self._unpin(key)
+        with self._removal(path, f"layer@{key}", DevnsError(f"{key}: no such layer"), f"{key}: in use"):
+            for environment in self.environments():
+                if key in environment.layers:
+                    name = environment.name
+                    raise InUse(f"{key}: in use by the environment {name}", hint=f"devns remove {name}")
 
     # --- environments -------------------------------------------------------------------------------------------------
 
@@ -309,6 +303,7 @@ class Store:
         saved = _checked_record({"upper": upper_name(layers), "record": wanted})
         before = self.environment(name)
         if before is not None and before.record == wanted and before._is_complete():
+            self._unpin(*layers)
             return before, False
         with _telling(f"{self.path}/environments/{name}"):
             for key in layers:
@@ -319,8 +314,7 @@ class Store:
                 if before is None or not os.path.isdir(before.path):
                     self._create_environment(name, saved)
                 self._update_environment(name, saved)
-        for key in layers:
-            self._unpin(key)
+        self._unpin(*layers)
         made = Environment(self, name, saved)
         return made, before is not None and before.upper not in ("", made.upper) and _holds_something(before.upper)
 
@@ -331,15 +325,9 @@ class Store:
         the error's `path` is still to be deleted.
         """
         path = f"{self.path}/environments/{_checked(name, is_name)}"
-        with _telling(path):
-            if not os.path.lexists(path):
-                raise DevnsError(f"{name}: no such environment", hint="devns list")
-            self._complete()
-            lock = f"environment@{name}"
-            with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"{name}: in use", _LEAVE):
-                trashed = self._trash(path)
-                os.unlink(self._lock(lock))
-            delete_tree(trashed)
+        missing = DevnsError(f"{name}: no such environment", hint="devns list")
+        with self._removal(path, f"environment@{name}", missing, f"{name}: in use"):
+            pass
 
     # --- locks and leftovers ------------------------------------------------------------------------------------------
 
@@ -385,7 +373,7 @@ class Store:
                 continue
             with suppress(DevnsError, OSError), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if not os.path.lexists(path):
-                    os.unlink(self._lock(lock))
+                    self._drop(lock)
 
     # --- making things ------------------------------------------------------------------------------------------------
 
@@ -423,7 +411,7 @@ class Store:
                 with suppress(DevnsError, OSError):  # what led here matters more, and collect() tries again
                     if os.path.lexists(path):
                         delete_tree(path)
-                    os.unlink(self._lock(lock))
+                    self._drop(lock)
 
     def _create_environment(self, name: str, saved: dict[str, Any]) -> None:
         """Make it as a whole; nothing where another process was faster."""
@@ -477,6 +465,21 @@ class Store:
             with suppress(DevnsError, OSError):  # collect() tries again; the layer in its place is worth more
                 delete_tree(trashed)
 
+    @contextmanager
+    def _removal(self, path: str, lock: str, missing: DevnsError, busy: str) -> Iterator[None]:
+        """Have `path` alone while it is decided whether it may go; then it goes."""
+        with _telling(path):
+            if not os.path.lexists(path):
+                raise missing
+            self._complete()
+            with self._asking(), self._held(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, busy, _LEAVE):
+                if not os.path.lexists(path):  # another process was faster
+                    raise missing
+                yield
+                trashed = self._trash(path)
+                self._drop(lock)
+            delete_tree(trashed)
+
     def _trash(self, path: str) -> str:
         """Take away a name, for good before anything beneath it is deleted. The value is what to delete."""
         trashed = f"{self.path}/trash/{os.urandom(8).hex()}"
@@ -528,6 +531,11 @@ class Store:
         finally:
             os.close(fd)
 
+    def _drop(self, lock: str) -> None:
+        """Delete the file of a lock that is held exclusively. Where that fails collect() tries again."""
+        with suppress(OSError):
+            os.unlink(self._lock(lock))
+
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """Be the only one who asks whether something is in use.
@@ -550,9 +558,10 @@ class Store:
         if key not in self._pins:
             self._pins[key] = self._take(f"layer@{key}", fcntl.LOCK_SH)
 
-    def _unpin(self, key: str) -> None:
-        if key in self._pins:
-            os.close(self._pins.pop(key))
+    def _unpin(self, *keys: str) -> None:
+        for key in keys:
+            if key in self._pins:
+                os.close(self._pins.pop(key))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

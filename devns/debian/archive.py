@@ -75,8 +75,8 @@ def select(
     """What `packages` of `suite` come to today: the newest of main, updates and security, with all that they need.
 
     Reads the archive over the network. TemplateError for a suite or package that isn't there or can't be had,
-    Unsupported (MirrorError among it) where the archive can't be reached, Untrusted where it isn't Debian's. `trust`
-    says for each suite whose signature counts.
+    Unsupported (MirrorError among it) where the archive can't be reached or the cache not written, Untrusted where it
+    isn't Debian's. `trust` says for each suite whose signature counts.
     """
     progress = progress or Silent()
     if suite not in SUITES:
@@ -90,7 +90,10 @@ def select(
             raise TemplateError(f"packages: {name!r}: not the name of a package", hint="letters, digits and + - . only")
     sources = mirrors.find(host)
     progress.stage("read the archive's index", total=len(_suites(suite)), unit="files")
-    found = _Reader(architecture, sources, cache, trust).read_all(_suites(suite), progress.advance)
+    try:
+        found = _Reader(architecture, sources, cache, trust).read_all(_suites(suite), progress.advance)
+    except OSError as error:
+        raise download.on_disk(error, cache) from error
     whole = index.Index([listed for _, listed in found], architecture)
     return Selection(
         suite=suite,

@@ -61,6 +61,8 @@ def fetch_all(
                     news.put(file)
         except queue.Empty:
             return
+        except OSError as error:
+            news.put(on_disk(error, os.path.dirname(wanted[0].path)))
         except BaseException as error:
             news.put(error)
 
@@ -108,6 +110,12 @@ def fetch(wanted: Wanted, session: Session, *, advance: Callable[[int], None] = 
             return
         os.unlink(path)  # another process had it meanwhile
     advance(wanted.size)
+
+
+def on_disk(error: OSError, directory: str) -> Unsupported:
+    """What an error of the cache's file system means to the one who reads it."""
+    where = os.fsdecode(error.filename) if error.filename else directory
+    return Unsupported(f"{where}: {error.strerror or error}", hint="is there room left, and may you write there?")
 
 
 def is_good(wanted: Wanted) -> bool:
@@ -159,8 +167,8 @@ class _Part:
         try:
             while rest:
                 rest = rest[os.pwrite(self.fd, rest, self.length + len(block) - len(rest)) :]
-        except OSError as error:
-            raise Unsupported(f"{self.wanted.path}: {error.strerror}", hint="is there room left?") from error
+        except OSError as error:  # not the network's, which is tried again
+            raise on_disk(error, self.wanted.path) from error
         self._count(block)
 
     def _count(self, block: bytes) -> None:

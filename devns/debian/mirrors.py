@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from devns.errors import TemplateError, Unsupported
 
@@ -125,6 +125,15 @@ def route(host: Host, conf: Mapping[str, str]) -> Route:
     )
 
 
+def split(url: str) -> SplitResult | None:
+    """The parts of `url`, or None where its host or port is none."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port is None or parts.port else None
+    except ValueError:  # [::1 without its end, a port beyond 65535
+        return None
+
+
 def hide(url: str) -> str:
     """`url` without the user and password in it: for messages, and for files that others read."""
     parts = urlsplit(url)
@@ -169,7 +178,7 @@ def check(url: object, origin: str) -> str | None:
     """`url` without its last slash. TemplateError, naming `origin`, unless it is an archive's: http, https or file."""
     if url is None:
         return None
-    parts = urlsplit(url) if isinstance(url, str) and url.isprintable() and " " not in url else None
+    parts = split(url) if isinstance(url, str) and url.isprintable() and " " not in url else None
     if parts is None or parts.scheme not in ("http", "https", "file") or parts.query or parts.fragment:
         raise TemplateError(f"{origin}: not a mirror's URL: {url!r}", hint="http://, https:// or file:// and a path")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):

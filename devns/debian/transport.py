@@ -22,7 +22,7 @@ from typing import TypeVar
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from devns.debian.errors import MirrorError, Untrusted
-from devns.debian.mirrors import VARIABLE, Route, hide
+from devns.debian.mirrors import VARIABLE, Route, hide, split
 from devns.errors import DevnsError, Unsupported
 
 IDLE = 30.0  # seconds without a byte
@@ -148,7 +148,7 @@ class Session:
                 if not keep:
                     self._kept.pop(_place(parts), None)
                     connection.close()
-            target = urlsplit(urljoin(parts.geturl(), location))
+            target = _target(parts, location)
             refuse_hop(parts, target)
             parts = target
         raise MirrorError(f"{hide(url)}: more than {HOPS} redirects")
@@ -187,9 +187,9 @@ class Session:
             if parts.scheme == "https":
                 return http.client.HTTPSConnection(host, parts.port, timeout=self.idle, context=self._context())
             return http.client.HTTPConnection(host, parts.port, timeout=self.idle)
-        way = urlsplit(proxy)
-        if way.scheme != "http" or not way.hostname:
-            raise Unsupported(f"{hide(proxy)}: devns can't use this kind of proxy", hint="name an http:// proxy")
+        way = split(proxy)
+        if way is None or way.scheme != "http" or not way.hostname:
+            raise Unsupported(f"{_shown(proxy)}: devns can't use this kind of proxy", hint="name an http:// proxy")
         if parts.scheme == "http":
             return http.client.HTTPConnection(way.hostname, way.port or 80, timeout=self.idle)
         tunnel = http.client.HTTPSConnection(way.hostname, way.port or 80, timeout=self.idle, context=self._context())
@@ -356,6 +356,20 @@ def _open_file(url: str) -> Iterator[Answer]:
         if not stat.S_ISREG(status.st_mode):
             raise MirrorError(f"{path}: not a file")
         yield Answer(0, status.st_size, None, iter(lambda: file.read(_BLOCK), b""))
+
+
+def _target(here: SplitResult, location: str) -> SplitResult:
+    try:
+        target = split(urljoin(here.geturl(), location))
+    except ValueError:
+        target = None
+    if target is None:
+        raise MirrorError(f"{hide(here.geturl())}: redirected to what is no URL: {location[:120]!r}")
+    return target
+
+
+def _shown(proxy: str) -> str:
+    return proxy.rpartition("@")[2]  # without the password that may stand in it
 
 
 def _place(parts: SplitResult) -> tuple[str, str, int | None]:

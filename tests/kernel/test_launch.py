@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from devns import launch
+from devns import launch, linux
 from devns.errors import StepError
-from devns.ops import bind, directory, setenv, symlink, tmpfs
+from devns.ops import bind, directory, namespace, setenv, symlink, tmpfs
 from devns.spec import Namespaces
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -156,6 +157,37 @@ def test_E_19_outer_processes_cannot_be_seen_or_signalled(inside: Any) -> None:
         return os.path.exists(f"/proc/{outer}"), "reached"
 
     assert inside()(attempt) == (False, "ESRCH")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_E_17_abstract_sockets_of_the_host_cannot_be_reached(inside: Any, canary: Any, shared: bool) -> None:
+    name = f"\0devns-canary-{canary.token}"
+    canary.socket.listen(1)
+    if shared and linux.landlock_abi() < 6:
+        pytest.skip("Landlock scopes: this kernel has none before Linux 6.12")
+
+    def attempt() -> int:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(name)
+
+    steps = () if shared else (namespace("net"),)
+    assert attempt() == 0
+    assert inside(*steps)(attempt) == (errno.EPERM if shared else errno.ECONNREFUSED)
+
+
+def test_E_19_without_a_pid_namespace_the_callers_processes_cannot_be_signalled(inside: Any) -> None:
+    if linux.landlock_abi() < 6:
+        pytest.skip("Landlock scopes: this kernel has none before Linux 6.12")
+    outer = os.getpid()
+
+    def attempt() -> int:
+        try:
+            os.kill(outer, 0)
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    assert inside(namespaces=Namespaces(pid=False))(attempt) == errno.EPERM
 
 
 def test_E_12_nobody_inside_makes_a_user_namespace(inside: Any) -> None:
