@@ -130,10 +130,12 @@ def live(path: str) -> str:
     with environment.lease(), _own():
         write(f"{environment.home}/.profile", "")
     store.remove("demo")
-    store.remove_layer(TOP)
+    if TOP in store.unused_layers():
+        store.remove_layer(TOP)
     base = store.layer(BASE)
     assert base is not None
-    return f"{[*store.layers()]} {[*store.environments()]} {tree(base.root)}"
+    names = [environment.name for environment in store.environments()]
+    return f"{store.layers()} {names} {tree(base.root)}"
 
 
 def build(store: Store, key: str) -> None:

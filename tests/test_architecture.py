@@ -85,7 +85,7 @@ ROOMS = (
     Room("devns.__main__", ours="devns.cli devns.fast", never="pluggy tomli dataclasses"),
     Room("devns.api", ours="", others="importlib typing"),
     Room("devns.cli", never="ctypes subprocess socket devns.linux devns.ops devns.launch devns.child devns.store"),
-    Room("devns.console", ours="devns.errors devns.progress"),
+    Room("devns.console", ours="devns.decode devns.errors devns.progress"),
     Room("devns.library", never="devns.linux devns.ops"),
     Room("devns.spaces"),
     Room("devns.workflow", never="os ctypes subprocess socket devns.linux devns.ops"),

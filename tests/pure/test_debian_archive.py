@@ -13,6 +13,7 @@ import pytest
 from devns.debian import archive
 from devns.debian.errors import MirrorError, Untrusted
 from devns.errors import TemplateError, Unsupported
+from devns.progress import Silent, Unit
 from tests.pure.test_debian_kit import BASE, Signer, date, deb, paragraph, publish, release_text, serving
 
 if TYPE_CHECKING:
@@ -220,15 +221,13 @@ def test_progress_counts_the_bytes_of_every_package(host: MakeHost, mirror: Path
     stages: list[tuple[str, int | None]] = []
     counted: list[int] = []
 
-    class Told:
-        def stage(self, name: str, *, total: int | None = None, unit: str = "steps") -> None:
+    class Told(Silent):
+        def stage(self, name: str, *, total: int | None = None, unit: Unit = "steps") -> None:
             stages.append((unit, total))
             counted.append(0)
 
         def advance(self, count: int = 1) -> None:
             counted[-1] += count
-
-        def note(self, text: str) -> None: ...
 
     where, cache = machine(host, mirror), str(tmp_path / "cache")
     found = archive.select(
@@ -243,3 +242,22 @@ def test_progress_counts_the_bytes_of_every_package(host: MakeHost, mirror: Path
     archive.fetch(found, host=where, cache=cache, progress=Told())
     assert stages == [("files", 3), ("bytes", found.size)]
     assert counted == [3, found.size]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(host: MakeHost, mirror: Path, tmp_path: Path) -> None:
+    where = machine(host, mirror)
+    found = select(where, tmp_path)
+    (tmp_path / "file").touch()
+    for call in (
+        lambda: archive.fetch(found, host=where, cache=str(tmp_path / "file")),
+        lambda: archive.select(
+            "bookworm",
+            [],
+            architecture="amd64",
+            host=where,
+            cache=str(tmp_path / "file"),
+            trust=lambda suite: SIGNER.trust,
+        ),
+    ):
+        with pytest.raises(Unsupported, match="Not a directory"):
+            call()

@@ -262,6 +262,9 @@ def test_a_redirect_is_followed_on_the_same_connection(status: int) -> None:
         "http://169.254.169.254/latest/meta-data",
         "http://[fe80::1]/x",
         "data:,x",
+        "http://127.0.0.1:99999/",
+        "http://[::1/",
+        "https://",
     ],
 )
 def test_S_10_a_redirect_to_where_no_mirror_is_is_refused(location: str) -> None:
@@ -449,9 +452,11 @@ def test_a_proxy_that_refuses_a_tunnel_is_one_sentence() -> None:
         read("https://mirror.test/f", route=Route({"https": proxy.url}))
 
 
-def test_a_kind_of_proxy_we_do_not_speak_is_said() -> None:
-    with pytest.raises(DevnsError, match="can't use this kind of proxy"):
-        read("http://mirror.test/f", route=Route({"http": "socks5://127.0.0.1:1080"}))
+@pytest.mark.parametrize("proxy", ["socks5://me:pw@127.0.0.1:1080", "http://me:pw@127.0.0.1:99999", "http://"])
+def test_a_kind_of_proxy_we_do_not_speak_is_said_without_its_password(proxy: str) -> None:
+    with pytest.raises(DevnsError, match="can't use this kind of proxy") as caught:
+        read("http://mirror.test/f", route=Route({"http": proxy}))
+    assert "pw" not in caught.value.message
 
 
 # --- many -----------------------------------------------------------------------------------------------------------

@@ -140,6 +140,8 @@ def test_a_mirror_whose_security_archive_cannot_be_guessed_asks_for_it(host: Mak
         "http://",
         "http://a.test/x?y",
         "http://a b/",
+        "http://a:99999/",
+        "http://[::1/",
         "x\n",
     ],
 )

@@ -23,6 +23,7 @@ import pytest
 from devns import linux, unpack, writer
 from devns.archive import LIMITS, ArchiveError, Limits
 from devns.errors import DevnsError
+from devns.progress import Silent
 from devns.unpack import DebRecord, unpack_deb, unpack_debs, unpack_tar
 from devns.writer import Owner, Unpacked, walk
 
@@ -198,6 +199,12 @@ def test_A_02_a_directory_replaced_by_a_symlink_is_not_remembered(root: Path, ou
     assert sorted(os.listdir(root / "d")) == ["first", "second"]
     unpacked(root, directory("x/y"), symlink("x/y", str(outside)), file("x/y/secret", b"planted"))
     assert (root / str(outside)[1:] / "secret").read_bytes() == b"planted"
+
+
+def test_A_02_a_symlink_replaced_by_another_leads_where_the_last_one_says(root: Path, outside: Path) -> None:
+    unpacked(root, symlink("l", "one"), file("l/x"), symlink("l", "two"), file("l/y"), symlink("l", "/"), file("l/z"))
+    assert (os.listdir(root / "one"), os.listdir(root / "two")) == (["x"], ["y"])
+    assert (root / "z").exists()
 
 
 def test_A_02_a_symlink_to_what_is_not_there_yet_makes_it_in_the_root(root: Path, outside: Path) -> None:
@@ -552,11 +559,9 @@ def test_an_archive_is_read_from_a_pipe_in_any_packing_and_its_bytes_are_counted
     os.write(there, data)
     os.close(there)
 
-    class Count:
+    class Count(Silent):
         total = 0
 
-        def stage(self, name: str, *, total: int | None = None, unit: str = "steps") -> None: ...
-        def note(self, text: str) -> None: ...
         def advance(self, count: int = 1) -> None:
             self.total += count
 
@@ -1051,6 +1056,17 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(
     monkeypatch.setattr(unpack, "_unpack_deb", lambda *arguments, **how: os.kill(os.getpid(), 9))
     with pytest.raises(DevnsError, match=r"^one 1\.0 \(one\.deb\): the process that unpacked it died"):
         all_into(root, package(tmp_path, "one"))
+
+
+def test_workers_end_when_their_parent_was_killed(root: Path, tmp_path: Path) -> None:
+    """They hold its standard output, so that this waits for them."""
+    debs = [package(tmp_path, name) for name in ("one", "two", "three")]
+    code = (
+        "import os, sys; from devns.unpack import unpack_debs; debs = eval(sys.argv[2]);"
+        "unpack_debs(debs, sys.argv[1], owners=False, workers=3, report=lambda record: os.kill(os.getpid(), 9))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, root, repr(debs)], capture_output=True, check=False, timeout=60)
+    assert done.returncode == -9
 
 
 def test_a_bug_in_a_worker_is_no_sentence_for_the_user(
