@@ -1,29 +1,80 @@
-"""build: which layers an environment stands on, which of them are missing, and the Plans that make each."""
+"""build: which layers an environment stands on, which of them are missing, and the Plans that make each.
+
+A layer is named by the hash of its recipe, and that of a command by what it could see: its text, the bytes of its
+inputs, its variables, and its parent's name. So whatever changes, the first layer that it touches and all above it get
+other names, and are missing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from devns import sources
+from devns import sealed, sources
+from devns.errors import DevnsError, StepError, TemplateError
+from devns.ops import bind, tmpfs
+from devns.sealed import Place
+from devns.spec import Build, Env, User
 from devns.store import upper_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from devns.host import Host
+    from devns.launch import Explain, Plan
+    from devns.plugins import Hooks
     from devns.progress import Progress
     from devns.spec import Spec
     from devns.store import Store
 
 Recipe = dict[str, Any]
+Step = dict[str, Any]
+
+COMMAND = 1  # the recipe of a command's layer: raised when the same command would give another tree
+LAYERS_MAX = 12  # the kernel takes 255 characters for all layers of an overlay: fsconfig(2)
+_LENT_OPS = ("bind", "file")
+_LENT_PLACES = ("/etc/", "/run/")
+_SHELL = ("/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh")
+_SHOWN_MAX = 100  # characters of a command that a heading repeats
 
 
 def recipes(spec: Spec, host: Host) -> list[Recipe]:
     """What makes each layer of this environment, bottom first: JSON, equal for equal layers. Pure.
 
-    A source that is used where it stands (`host`, `dir:`) has none.
+    A source that is used where it stands (`host`, `dir:`) has none of its own; the commands of [build] have one each.
     """
-    return sources.find(spec.root.source).recipes(spec, host)
+    source = sources.find(spec.root.source)
+    found = source.recipes(spec, host)
+    if not spec.build.run:
+        return found
+    place = source.directories(spec, host)
+    if len(found) + len(place) + len(spec.build.run) > LAYERS_MAX:
+        raise TemplateError(
+            f"{spec.template}: build.run: {len(spec.build.run)} commands: each becomes a layer, and no more than "
+            f"{LAYERS_MAX} layers can lie on each other",
+            hint="join some of the commands with &&",
+        )
+    digests = _digests(spec, host)
+    for number, command in enumerate(spec.build.run):
+        seen = dict(digests[: spec.said.inputs[number]] if spec.said.inputs else digests)
+        found.append(
+            {
+                "label": "run",
+                "recipe": COMMAND,
+                "parent": key(found[-1]) if found else place,
+                "run": command,
+                "inputs": seen,
+                "project": spec.project if seen else None,
+                "env": dict(spec.said.env),
+                "network": spec.build.network,
+                "map": "range" if spec.user.map == "range" else "single",
+            }
+        )
+    return found
 
 
 def key(recipe: Recipe) -> str:
@@ -38,8 +89,7 @@ def layers(spec: Spec, host: Host) -> list[str]:
 
 def lower_directories(spec: Spec, host: Host) -> list[str]:
     """The directories beneath the environment's upper one, topmost first."""
-    finished = [f"{host.store}/layers/{name}/root" for name in reversed(layers(spec, host))]
-    return finished + sources.find(spec.root.source).directories(spec, host)
+    return _lower(layers(spec, host), spec, host)
 
 
 def upper_directories(spec: Spec, host: Host) -> tuple[str, str]:
@@ -48,19 +98,167 @@ def upper_directories(spec: Spec, host: Host) -> tuple[str, str]:
     return f"{place}/root", f"{place}/work"
 
 
-def ensure(spec: Spec, host: Host, store: Store, progress: Progress) -> None:
-    """Make each layer that is missing. Of two builds of one layer the second waits, and finds it there."""
+def ensure(
+    spec: Spec,
+    host: Host,
+    store: Store,
+    progress: Progress,
+    hooks: Hooks,
+    *,
+    explain: Explain | None = None,
+    shell_on_failure: bool = False,
+) -> None:
+    """Make each layer that is missing. Of two builds of one layer the second waits, and finds it there.
+
+    With `shell_on_failure` a command that fails is followed by a shell where it failed, on the caller's own streams.
+    """
     source = sources.find(spec.root.source)
-    for recipe in recipes(spec, host):
-        name = key(recipe)
+    wanted = recipes(spec, host)
+    names = [key(recipe) for recipe in wanted]
+    for number, (recipe, name) in enumerate(zip(wanted, names, strict=True)):
         if store.layer(name) is not None:
             continue
         with store.lock(name):
             if store.layer(name) is not None:
                 continue
-            store.collect()
-            with store.staging() as staging:
-                made = source.make(recipe, staging.root, host, store.cache, progress)
+            for left in store.collect():
+                with suppress(DevnsError):  # as with all that is left over: the next build tries again
+                    sealed.delete(left, host)
+            with store.staging() as staging, store.staging() as scratch:
+                place = Place(staging.root, _lower(names[:number], spec, host), scratch.path)
+                if "run" in recipe:
+                    at = number + 1 - len(wanted) + len(spec.build.run)
+                    command = _Command(at, recipe, place, spec, host, hooks)
+                    made = command.run(progress, explain, shell_on_failure=shell_on_failure)
+                else:
+                    made = source.make(recipe, place, host, store.cache, progress)
                 progress.stage("write to disk")
                 store.commit(staging, name, {"recipe": recipe, **made})
     progress.end()
+
+
+def _lower(names: list[str], spec: Spec, host: Host) -> list[str]:
+    finished = [f"{host.store}/layers/{name}/root" for name in reversed(names)]
+    return finished + sources.find(spec.root.source).directories(spec, host)
+
+
+# --- the commands of [build] ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Command:
+    """The `number`th command of [build], counted from 1, and where its layer is made."""
+
+    number: int
+    recipe: Recipe
+    place: Place
+    spec: Spec
+    host: Host
+    hooks: Hooks
+
+    def run(self, progress: Progress, explain: Explain | None, *, shell_on_failure: bool) -> dict[str, Any]:
+        """Run it; each line it says is a note. What it wrote is the layer, as overlayfs left it: what it deleted is
+        there as a whiteout, a directory that it made anew in the place of another is opaque."""
+        text = " ".join(self.recipe["run"].split())
+        shown = text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
+        what = f"build step {self.number} of {len(self.spec.build.run)} ({shown})"
+        progress.stage(what)
+        try:
+            with self._planned(["/bin/sh", "-euc", self.recipe["run"]]) as plan:
+                sealed.run_sealed(plan, line=progress.note, explain=explain, what=what)
+        except sealed.Ended as error:
+            if not shell_on_failure:
+                name = "" if self.spec.project else f" {self.spec.name}"
+                raise sealed.Ended(error.message, hint=f"devns build{name} --shell-on-failure") from None
+            progress.end()
+            progress.note(f"{what} failed: here is a shell where it did; what is written in it is thrown away")
+            with self._planned(_SHELL) as plan:
+                terminal = {"TERM": self.host.environ.get("TERM", "dumb")}
+                sealed.enter(plan | {"env": plan["env"] | terminal}, explain=explain)
+            raise
+        except StepError as error:
+            raise DevnsError(f"{what}: {error.message}", hint=error.hint) from None
+        for path, digest in self.recipe["inputs"].items():
+            if self.host.digest(self.host.realpath(f"{self.spec.project}/{path}")) != digest:
+                raise DevnsError(f"{what}: its input {path} changed while it ran", hint="devns build")
+        return {}
+
+    @contextmanager
+    def _planned(self, argv: Sequence[str]) -> Iterator[Plan]:
+        recipe = self.recipe
+        lent, variables = _lent(self.spec, self.host, self.hooks) if recipe["network"] else ([], {})
+        mounts = [*lent, *_inputs(recipe, self.host)]
+        points = {step["dst"]: step["op"] == "tmpfs" or self._is_directory(step) for step in mounts}
+        with sealed.stacked(self.place, self.host, points) as inside:
+            yield sealed.sealed_plan(
+                self.host,
+                map=recipe["map"],
+                inside=[*inside, *mounts],
+                argv=argv,
+                env={**variables, **sealed.ENV, **recipe["env"]},
+                cwd=recipe["project"] or "/",
+                network=recipe["network"],
+            )
+
+    def _is_directory(self, step: Step) -> bool:
+        return step["op"] == "bind" and self.host.kind(step["src"]) == "directory"
+
+
+def _digests(spec: Spec, host: Host) -> list[tuple[str, str]]:
+    """Each input's path beneath the project, and the hash of what it holds."""
+    found = []
+    for said in spec.build.inputs:
+        path = posixpath.normpath(said)
+        problem, hint = None, None
+        real = host.realpath(f"{spec.project}/{path}")
+        if spec.project is None:
+            problem, hint = "a file of the project, and there is none", "a project's .devns.toml extends this template"
+        elif not _is_beneath(real, spec.project):
+            problem = f"leads out of the project, to {real}"
+        elif any(_is_beneath(host.realpath(own), real) for own in (host.store, host.state, host.config)):
+            problem = "devns keeps its environments, or what you trust, there"
+        elif host.kind(real) not in ("file", "directory"):
+            problem = "neither a file nor a directory" if host.kind(real) else "no such file or directory"
+        digest = None if problem else host.digest(real)
+        if digest is None:
+            why = problem or "cannot be read, or is larger than 64 MiB or 20000 files"
+            raise TemplateError(f"{spec.template}: build.inputs: {said}: {why}", hint=hint)
+        found.append((path, digest))
+    return found
+
+
+def _inputs(recipe: Recipe, host: Host) -> Iterator[Step]:
+    """The project as a command sees it: its inputs, read-only, in an empty directory at the project's own path."""
+    project = recipe["project"]
+    if project is None:
+        return
+    if "." not in recipe["inputs"]:
+        yield tmpfs(project)
+    for path in sorted(recipe["inputs"], key=lambda path: path.split("/")):
+        yield bind(host.realpath(f"{project}/{path}"), posixpath.normpath(f"{project}/{path}"), canonical=True)
+
+
+def _lent(spec: Spec, host: Host, hooks: Hooks) -> tuple[list[Step], dict[str, str]]:
+    """What plugins lend to who uses the host's network: resolver, names, certificates, proxies, registries.
+
+    They are asked as for an environment of which nothing is said but [network]; and where that is a network of its own,
+    which a build has not, as for one of which nothing is said at all. Of their answers counts what can only be read.
+    """
+    said = {
+        kind: spec.tables[kind] for name, kind in hooks.claims().items() if name == "network" and kind in spec.tables
+    }
+    for tables in (said, {}):
+        bare = replace(spec, project=None, build=Build(), env=Env(), user=User(identity="root"), tables=tables)
+        steps = hooks.steps(bare, host)
+        if not any(step["op"] == "namespace" and step["name"] == "net" for step in steps):
+            break
+    lent = [
+        step
+        for step in steps
+        if step["op"] in _LENT_OPS and step.get("readonly", True) and step["dst"].startswith(_LENT_PLACES)
+    ]
+    return lent, {step["name"]: step["value"] for step in steps if step["op"] == "setenv"}
+
+
+def _is_beneath(path: str, top: str) -> bool:
+    return path == top or path.startswith(top.rstrip("/") + "/")

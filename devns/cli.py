@@ -111,12 +111,20 @@ def run(
 
 
 @app.command()
-def build(env: Env = None, map: Map = None, json: Json = False, verbose: Verbose = False) -> None:
+def build(
+    env: Env = None,
+    map: Map = None,
+    shell_on_failure: Annotated[
+        bool, typer.Option("--shell-on-failure", help="Open a shell where a command of [build] failed.")
+    ] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Build what an environment needs, without entering it."""
     from devns.verbs.build import build
 
     with _bench(verbose=verbose, as_json=json) as bench:
-        environment = build(env, bench, Options(map=map))
+        environment = build(env, bench, Options(map=map), shell_on_failure=shell_on_failure)
     if json:
         console.show_json({"name": environment.name, "layers": environment.layers})
 
@@ -196,6 +204,59 @@ def remove(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> No
     with _bench() as bench:
         for name in names:
             remove(name, bench)
+
+
+@app.command()
+def reset(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    home: Annotated[bool, typer.Option("--home", help="Empty the private home too.")] = False,
+) -> None:
+    """Empty environments of what was written over their layers: files, and packages added by hand."""
+    from devns.verbs.reset import reset
+
+    with _bench() as bench:
+        for name in names:
+            reset(name, bench, home=home)
+
+
+@app.command()
+def diff(env: Env = None, json: Json = False) -> None:
+    """Show what changed in an environment against its layers: files, and packages of its own."""
+    from devns.verbs.diff import diff
+
+    with _bench() as bench:
+        found = diff(env, bench)
+    if json:
+        console.show_json(found)
+        return
+    rows = [(row["change"], "file", row["path"]) for row in found["files"]]
+    for row in found["packages"]:
+        versions = " -> ".join(filter(None, (row["from"], row["to"])))
+        rows.append((row["change"], "package", f"{row['name']} {versions}"))
+    if rows:
+        console.show_table(("change", "of", "what"), rows)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def gc(
+    cache: Annotated[bool, typer.Option("--cache", help="Downloads that no layer names go too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove what no environment names any more, and what interrupted commands left over."""
+    from devns.verbs.gc import gc
+
+    with _bench() as bench:
+        rows = gc(bench, cache=cache, dry_run=dry_run)
+    if json:
+        console.show_json(rows)
+    elif rows:
+        rows.append({"kind": "total", "name": "", "bytes": sum(row["bytes"] for row in rows)})
+        table = [(row["kind"], row["name"], console.size(row["bytes"])) for row in rows]
+        console.show_table(("what", "name", "size"), table)
 
 
 # --- projects ---------------------------------------------------------------------------------------------------------

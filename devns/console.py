@@ -192,6 +192,11 @@ def _bars() -> Bars:
     return Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False)
 
 
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e6:.1f} MB" if count >= 50_000 else f"{count / 1e3:.1f} kB"
+
+
 def _amount(count: int | None, unit: Unit) -> str:
     if count is None:
         return "?"

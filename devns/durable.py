@@ -86,6 +86,20 @@ def rename_new(old: str, new: str) -> bool:
     return True
 
 
+def exchange(new: str, old: str) -> None:
+    """`new` takes the place of `old`, which is where `new` was then. Where nothing is at `old` it is a rename."""
+    try:
+        linux.renameat2(linux.AT_FDCWD, new, linux.AT_FDCWD, old, linux.RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            os.rename(new, old)
+        elif error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # as above: two steps, with a gap between
+            os.rename(old, f"{new}.old")
+            os.rename(new, old)
+        else:
+            raise
+
+
 def _rename_plainly(old: str, new: str) -> bool:
     """NFS and some FUSE file systems know no flags. rename(2) replaces a directory only if it is empty: no loss."""
     try:

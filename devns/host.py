@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PATH = "/usr/local/bin:/usr/bin:/bin"  # where PATH is not set at all
 _PATH_MAX, _SYMLINKS_MAX = 4096, 40  # <linux/limits.h>, path_resolution(7)
 _ID_MAX = 0xFFFFFFFF  # (uid_t)-1 is no id, so a range ends below it
+_DEPTH_MAX = 100  # directories in each other that `digest` goes down
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,27 @@ class Host:
         except OSError:
             return None
         return None if data is None or len(data) > limit else data.decode("utf-8", "surrogateescape")
+
+    def digest(self, path: str, *, size: int = 64 << 20, files: int = 20_000) -> str | None:
+        """A sha256 of all that the file or directory `path` holds: names, kinds, permissions, bytes, and what symbolic
+        links say, which are not followed. Times and owners do not count.
+
+        Unreadable is also what has more than `size` bytes or `files` files, and a path with a symbolic link in it: ask
+        for its `realpath`. So a link that is put there meanwhile leads nowhere.
+        """
+        parts = [part for part in path.split("/") if part]
+        opened: list[int] = []
+        try:
+            opened.append(os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            for part in parts[:-1]:
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                opened.append(os.open(part, flags, dir_fd=opened[-1]))
+            return _Digest(size, files).of(parts[-1] if parts else ".", opened[-1])
+        except (OSError, ValueError):  # ValueError: a NUL in it
+            return None
+        finally:
+            for fd in opened:
+                os.close(fd)
 
     def stat(self, path: str) -> os.stat_result | None:
         """Owner, mode and the rest of what `path` leads to."""
@@ -323,6 +345,65 @@ class Host:
             )
         except (OSError, ValueError):  # ValueError: a NUL in it
             return False
+
+
+class _Digest:
+    """One hash over a tree, and what it may still read. OSError where that is not enough."""
+
+    def __init__(self, size: int, files: int) -> None:
+        import hashlib  # it loads OpenSSL, which most reading does without
+
+        self._hash = hashlib.sha256()
+        self._size = size
+        self._files = files
+
+    def of(self, name: str, directory: int) -> str:
+        if stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+        self._add(name, directory, b"", _DEPTH_MAX)
+        return self._hash.hexdigest()
+
+    def _add(self, name: str, directory: int, said: bytes, depth: int) -> None:
+        self._files -= 1
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if self._files < 0 or depth == 0:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
+        if stat.S_ISLNK(status.st_mode):
+            self._record(b"link", said, os.fsencode(os.readlink(name, dir_fd=directory)))
+            return
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            self._record(b"other", said)  # never opened: that can block or act
+            return
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(fd)
+            mode = b"%o" % stat.S_IMODE(status.st_mode)
+            if stat.S_ISDIR(status.st_mode):
+                names = sorted(os.listdir(fd))
+                self._record(b"directory", said, mode, b"%d" % len(names))
+                for below in names:
+                    self._add(below, fd, os.fsencode(below), depth - 1)
+            elif stat.S_ISREG(status.st_mode):
+                self._record(b"file", said, mode, self._content(fd))
+            else:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        finally:
+            os.close(fd)
+
+    def _content(self, fd: int) -> bytes:
+        import hashlib
+
+        content = hashlib.sha256()
+        while block := os.read(fd, 1 << 20):
+            self._size -= len(block)
+            if self._size < 0:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            content.update(block)
+        return content.digest()
+
+    def _record(self, *fields: bytes) -> None:
+        """Each with its length before it, so that no two trees read alike."""
+        self._hash.update(b"".join(b"%d:%s" % (len(field), field) for field in fields) + b"\n")
 
 
 def refuse_setuid(uids: tuple[int, ...] | None = None, gids: tuple[int, ...] | None = None) -> None:

@@ -1,18 +1,23 @@
-"""sealed: the Plan of a build step, and how it is run: nothing of the host but what is given, no network, as root."""
+"""sealed: the Plan of a build step, and how it is run: as root, with nothing of the host but what is given, and with
+the host's network only where that is given too.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devns.errors import DevnsError
 from devns.identity import ROOT_CAPABILITIES, identity
 from devns.launch import Explain, started
-from devns.ops import hostname, loopback, no_user_namespaces
+from devns.ops import bind, dev, hostname, loopback, no_user_namespaces, overlay, proc, tmpfs
 from devns.plan import SCHEMA
 from devns.spec import Spec, User
+from devns.trash import ForeignFiles, delete_tree
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -21,6 +26,35 @@ Step = dict[str, Any]
 Plan = dict[str, Any]
 
 LIMITS = {"nproc": [4096, 4096], "nofile": [65536, 65536], "core": [0, 0]}
+# What a build sees of the caller's environment: nothing, or a layer would depend on who made it.
+ENV = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "USER": "root",
+    "LOGNAME": "root",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "TERM": "dumb",
+    "TZ": "UTC",
+    "DEVNS": "build",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
+_LINE_MAX = 1 << 16  # bytes without an end of line that are kept in wait for one
+_POINTS = ("/dev", "/proc", "/run", "/sys", "/tmp")
+
+
+class Ended(DevnsError):
+    """What ran inside ended with another status than 0."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer is made: `root` becomes its tree. What stands on others has them as `lower`, topmost first, and
+    `scratch`, an empty directory on the file system of `root` that is gone afterwards."""
+
+    root: str
+    lower: Sequence[str] = ()
+    scratch: str = ""
 
 
 def sealed_plan(
@@ -30,8 +64,11 @@ def sealed_plan(
     inside: Iterable[Step],
     argv: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    cwd: str = "/",
+    network: bool = False,
 ) -> Plan:
-    """Root inside by `map` ("single" or "range"), every namespace its own, `lo` alone for a network, fsync answered.
+    """Root inside by `map` ("single" or "range"), every namespace its own, fsync answered. Of networks there is `lo`
+    alone, or with `network` the host's.
 
     A build syncs once, when it is finished, and starts anew when it was interrupted; so nothing in between waits for
     the disk.
@@ -42,10 +79,10 @@ def sealed_plan(
         "schema": SCHEMA,
         "name": "build",
         "argv": list(argv),
-        "cwd": "/",
+        "cwd": cwd,
         "env": dict(env or {}),
         "identity": ids,
-        "namespaces": ["cgroup", "ipc", "mount", "net", "pid", "user", "uts"],
+        "namespaces": ["cgroup", "ipc", "mount", *([] if network else ["net"]), "pid", "user", "uts"],
         "clock": None,
         "confine": {
             "capabilities": list(ROOT_CAPABILITIES),
@@ -55,10 +92,50 @@ def sealed_plan(
             "scoped": True,
         },
         "rlimits": LIMITS,
-        "inside": [*inside, hostname("localhost"), loopback(), no_user_namespaces()],
+        "inside": [*inside, hostname("localhost"), *([] if network else [loopback()]), no_user_namespaces()],
         "outside": [],
         "notes": [],
     }
+
+
+@contextmanager
+def stacked(place: Place, host: Host, points: Mapping[str, bool] = {}) -> Iterator[list[Step]]:
+    """The steps that make `/` of the layers beneath, what is written going to `place.root`; /proc, /dev and empty /tmp
+    and /run. `points` are more places that will be mounted on: True for a directory, False for a file.
+    """
+    # Mount points that a layer lacks would be made in the new one and stay in it. So they lie beneath all layers.
+    beneath, work = f"{place.scratch}/points", f"{place.scratch}/work"
+    with _umask():
+        for path, is_directory in {**dict.fromkeys(_POINTS, True), **points}.items():
+            made = f"{beneath}{path}"
+            os.makedirs(made if is_directory else os.path.dirname(made), exist_ok=True)
+            if not is_directory and not os.path.lexists(made):
+                os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    try:
+        yield [
+            overlay("/", lower=[*place.lower, beneath], upper=place.root, work=work, volatile=True),
+            proc(),
+            dev(),
+            tmpfs("/tmp", mode=0o1777),
+            tmpfs("/run"),
+        ]
+    finally:
+        delete(work, host)  # overlayfs refuses one that was used as volatile before
+
+
+def delete(path: str, host: Host) -> None:
+    """Delete a tree that may belong to subordinate ids: their own root does it, in a namespace where they are."""
+    try:
+        delete_tree(path)
+    except ForeignFiles:
+        above, name = os.path.split(path)
+        plan = sealed_plan(host, map="range", inside=[tmpfs("/"), bind(above, "/above", readonly=False)])
+
+        def call() -> str:
+            delete_tree(f"/above/{name}")
+            return ""
+
+        run_sealed(plan, call=call)
 
 
 def run_sealed(
@@ -67,10 +144,11 @@ def run_sealed(
     call: Callable[[], str] | None = None,
     line: Callable[[str], None] = lambda text: None,
     explain: Explain | None = None,
+    what: str = "a build step",
 ) -> str:
     """Run to the end; each line it says goes to `line`. Returns what `call` returned.
 
-    Raises DevnsError with the last lines where it ends with another status than 0.
+    Raises Ended with the last lines where `what` ends with another status than 0.
     """
     last: deque[str] = deque(maxlen=20)
     rest = b""
@@ -85,8 +163,10 @@ def run_sealed(
             watch.pop(ear, None)
         rest += data
         *whole, rest = rest.split(b"\n")
+        if len(rest) > _LINE_MAX:
+            whole, rest = [*whole, rest], b""
         for raw in [*whole, *([rest] if final and rest else [])]:
-            text = raw.decode(errors="replace").rstrip()
+            text = raw.decode(errors="replace").rstrip().rpartition("\r")[2]  # what a terminal would show of it
             last.append(text)
             line(text)
         return False
@@ -96,7 +176,7 @@ def run_sealed(
     os.set_blocking(ear, False)
     watch: dict[int, Callable[[], object]] = {ear: hear}
     try:
-        with started(plan, call=call, stdio=(null, mouth, mouth), explain=explain) as running:
+        with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), explain=explain) as running:
             os.close(mouth)
             mouth = -1
             status = running.wait(watch=watch)
@@ -106,5 +186,21 @@ def run_sealed(
             os.close(fd)
     if status:
         said = "\n".join(f"  {text}" for text in last)
-        raise DevnsError(f"a build step ended with status {status}:\n{said}")
+        raise Ended(f"{what} ended with status {status}:\n{said}" if last else f"{what} ended with status {status}")
     return running.result or ""
+
+
+def enter(plan: Plan, *, explain: Explain | None = None) -> int:
+    """Run it on the caller's own streams, to look around; returns its status."""
+    with _umask(), started(plan, explain=explain) as running:
+        return running.wait()
+
+
+@contextmanager
+def _umask() -> Iterator[None]:
+    """The usual one, whatever the caller's: a layer is the same whoever made it."""
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)

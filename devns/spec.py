@@ -29,10 +29,12 @@ class Root:
 
 @dataclass(frozen=True)
 class Build:
-    """[build]: commands run as root inside, each a cached layer."""
+    """[build]: commands run as root inside, each a cached layer. They see `inputs`, which are project files, and no
+    network unless `network` says so."""
 
     run: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
     inputs: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
+    network: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,21 @@ class Shell:
 
 
 @dataclass(frozen=True)
+class Said:
+    """Who said what, as far as it decides which layers are shared: what stands in a named template makes the same
+    layers beneath every project that extends it.
+
+    `packages` are those that the project's own files add to a named template's; `inputs` says for each command of
+    [build] how many of the inputs it sees: those named by the file it stands in and by what that extends; `env` are the
+    variables that commands see: the templates' own, whatever a single call adds.
+    """
+
+    packages: tuple[str, ...] = ()
+    inputs: tuple[int, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Spec:
     """One environment as its template describes it.
 
@@ -102,6 +119,7 @@ class Spec:
     env: Env = Env()
     shell: Shell = Shell()
     tables: Mapping[type, Any] = field(default_factory=dict)
+    said: Said = Said()
 
     def table(self, kind: type[Table]) -> Table:
         """The table a plugin claimed with `kind`; its defaults where the template says nothing."""
@@ -162,7 +180,22 @@ def make_spec(document: Document, claims: Mapping[str, type]) -> Spec:
         description=description,
         **{**core, "root": replace(core["root"], source=_resolved(core["root"].source, document))},
         tables={known[name]: table for name, table in decoded.items() if name not in CORE},
+        said=_said(document, core["root"], core["build"], core["env"]),
     )
+
+
+def _said(document: Document, root: Root, build: Build, env: Env) -> Said:
+    ranks = {file.path: -number for number, file in enumerate(document.files)}  # what is extended is below
+    own = {file.path for file in document.files if file.kind == "project"}
+    packages = document.at("root").child("packages")
+    added = [name for i, name in enumerate(root.packages) if packages.item(i).file in own]
+    based = document.at("root").child("from").file not in own  # else there is nothing of a template's to add to
+    if not build.run:
+        return Said(tuple(added) if based else ())
+    inputs = [ranks[document.at("build").child("inputs").item(i).file] for i in range(len(build.inputs))]
+    run = [ranks[document.at("build").child("run").item(i).file] for i in range(len(build.run))]
+    seen = tuple(sum(rank <= step for rank in inputs) for step in run)
+    return Said(tuple(added) if based else (), seen, env.set)
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,8 @@ class Store:
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
-        """A place to make a layer in. What is not committed at the end is deleted."""
-        with self._scratch() as path:
+        """A place to make a layer in. What is not committed at the end is deleted. Nobody clears the cache meanwhile."""
+        with self.lock("cache", shared=True), self._scratch() as path:
             staging = Staging(path)
             with _telling(path):
                 durable.make_directory(staging.root, _OPEN)
@@ -329,6 +329,46 @@ class Store:
         with self._removal(path, f"environment@{name}", missing, f"{name}: in use"):
             pass
 
+    def reset(self, name: str, *, home: bool = False) -> None:
+        """Empty what was written in an environment, over its layers and over those it had before; with `home` its home.
+
+        Raises InUse while something runs in it, and ForeignFiles as `remove` does: the environment is empty then.
+        """
+        place = f"{self.path}/environments/{_checked(name, is_name)}"
+        missing = DevnsError(f"{name}: no such environment", hint="devns list")
+        with _telling(place):
+            if not os.path.lexists(place):
+                raise missing
+            self._complete()
+            with self._asking():
+                held = self._take(f"environment@{name}", fcntl.LOCK_EX | fcntl.LOCK_NB, f"{name}: in use", _LEAVE)
+            try:
+                environment = self.environment(name)
+                if environment is None:  # another process was faster
+                    raise missing
+                if environment.broken:
+                    raise DevnsError(f"{name}: {environment.broken}", hint=f"devns remove {name}")
+                trashed = self._empty(environment, home)
+            finally:
+                os.close(held)
+            delete_tree(trashed)
+
+    def _empty(self, environment: Environment, home: bool) -> str:
+        """Exchange what was written for empty directories, each at once: there is no moment without them."""
+        place, current = environment.path, os.path.basename(os.path.dirname(environment.upper))
+        with self._scratch() as path:
+            _make_upper(f"{path}/{current}")
+            durable.exchange(f"{path}/{current}", f"{place}/{current}")
+            for entry in os.listdir(place):
+                if entry.startswith("upper-") and entry != current:
+                    os.rename(f"{place}/{entry}", f"{path}/{entry}")
+            if home:
+                os.chmod(f"{place}/home", 0o700)  # to be moved a directory must be writable itself. rename(2)
+                os.mkdir(f"{path}/home", 0o700)
+                durable.exchange(f"{path}/home", f"{place}/home")
+            durable.sync(place)
+            return self._trash(path)
+
     # --- locks and leftovers ------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -341,6 +381,15 @@ class Store:
         operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
         with self._held(name, operation, f"{name}: locked by another devns", "try again"):
             yield
+
+    def leftovers(self) -> tuple[str, ...]:
+        """What `collect` would delete: paths relative to the store's."""
+        with _telling(self.path):
+            made = self._list("staging")
+            if made:
+                with self._asking():
+                    made = [name for name in made if not self._is_held(f"staging@{name}")]
+            return (*(f"staging/{name}" for name in made), *(f"trash/{name}" for name in self._list("trash")))
 
     def collect(self) -> tuple[str, ...]:
         """Delete what interrupted commands left over. Returns the paths that hold files of other user ids.

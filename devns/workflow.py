@@ -69,11 +69,22 @@ def plan(spec: Spec, bench: Bench, argv: Sequence[str], options: Options = Optio
     return made | ({"cwd": options.cwd} if options.cwd else {})
 
 
-def prepare(spec: Spec, bench: Bench) -> Environment:
-    """All that must be there before the environment can be entered: its layers, built where they are missing."""
+def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Environment:
+    """All that must be there before the environment can be entered: its layers, built where they are missing.
+
+    With `shell_on_failure` a command of [build] that fails is followed by a shell where it failed.
+    """
     refuse(bench.hooks.problems(spec, bench.host))
     store = Store.open(bench.host.store)
-    build.ensure(spec, bench.host, store, bench.progress)
+    build.ensure(
+        spec,
+        bench.host,
+        store,
+        bench.progress,
+        bench.hooks,
+        explain=explain(bench.host),
+        shell_on_failure=shell_on_failure,
+    )
     record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
     environment, fresh = store.ensure_environment(spec.name, record)
     if fresh:

@@ -117,6 +117,8 @@ ROOMS = (
     Room("devns.store", ours="devns.errors devns.durable devns.trash", never=_SLOW),
     Room("devns.durable", ours="devns.errors devns.linux", never=_SLOW),
     Room("devns.trash", ours="devns.errors devns.linux", never=_SLOW),
+    Room("devns.changes", ours="", never="ctypes subprocess socket"),
+    Room("devns.trees", never="ctypes subprocess socket devns.linux devns.workflow"),
     Room("devns.build", never="ctypes devns.linux devns.workflow"),
     Room("devns.sealed", never="devns.workflow devns.store"),
     Room("devns.archive", ours="devns.errors", never="subprocess socket ctypes"),

@@ -133,6 +133,7 @@ class Index:
         self.files = tuple(files)
         self.architecture = architecture
         self._candidates: dict[str, Paragraph | None] = {}
+        self._places: dict[str, tuple[Packages, int]] = {}  # of the candidates
         self._providers = _names_provided(self.files)
         self._mentioned: dict[str, tuple[int, ...]] = {}
 
@@ -152,6 +153,15 @@ class Index:
             if paragraph is not None:
                 found += [(paragraph, said.version) for said in paragraph.provides if said.full_name == name]
         return found
+
+    def wishes(self, name: str) -> tuple[Group, ...]:
+        """What the candidate of `name` recommends and suggests."""
+        if self.candidate(name) is None:
+            return ()
+        packages, start = self._places[name]
+        where = f"{packages.suite}: {name}"
+        fields = _fields(_paragraph(packages, start), where)
+        return tuple(group for key in ("Recommends", "Suggests") for group in relations(fields.get(key, ""), where))
 
     def essential(self) -> tuple[str, ...]:
         """The names of all packages that are Essential, in the order of the files."""
@@ -198,16 +208,13 @@ class Index:
                     )
                 if order > 0:
                     best = found
+                    self._places[name] = packages, start
         return best
 
 
 def parse(packages: Packages, start: int, architecture: str) -> Paragraph:
     """The paragraph that begins at `start`. Untrusted where it says something that can't be."""
-    stop = packages.data.find(b"\n\n", start, start + PARAGRAPH_MAX)
-    if stop < 0 and len(packages.data) - start > PARAGRAPH_MAX:
-        raise Untrusted(f"{packages.suite}: Packages: a paragraph of more than {PARAGRAPH_MAX} bytes at byte {start}")
-    raw = packages.data[start : stop if stop >= 0 else len(packages.data)]
-    fields = _fields(raw, f"{packages.suite}: Packages")
+    fields = _fields(_paragraph(packages, start), f"{packages.suite}: Packages")
     name = fields["Package"]
     where = f"{packages.suite}: {name}"
 
@@ -261,6 +268,13 @@ def _relation(text: str, where: str) -> Relation:
     if match is None or (match[4] and not version.is_version(match[4])):
         raise Untrusted(f"{where}: not a relation to a package: {text[:120]!r}")
     return Relation(*match.groups())
+
+
+def _paragraph(packages: Packages, start: int) -> bytes:
+    stop = packages.data.find(b"\n\n", start, start + PARAGRAPH_MAX)
+    if stop < 0 and len(packages.data) - start > PARAGRAPH_MAX:
+        raise Untrusted(f"{packages.suite}: Packages: a paragraph of more than {PARAGRAPH_MAX} bytes at byte {start}")
+    return packages.data[start : stop if stop >= 0 else len(packages.data)]
 
 
 def _fields(raw: bytes, where: str) -> dict[str, str]:

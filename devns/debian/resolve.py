@@ -95,6 +95,26 @@ class _Marks:
             for name in self.broken():
                 _run(self._mark(name, deep=True, requested=name in names))
 
+        self._sweep(names)
+
+    def _sweep(self, roots: Sequence[str]) -> None:
+        """Drop what was marked for a package that could then not be had, as apt's mark and sweep does.
+
+        It keeps what somebody who stays recommends or suggests; nothing was marked for that reason.
+        """
+        if self._reached(roots, wishes=False) < self.installed:
+            self.installed &= self._reached(roots, wishes=True)
+
+    def _reached(self, roots: Sequence[str], *, wishes: bool) -> set[str]:
+        todo, reached = list(roots), set[str]()
+        while todo:
+            name = todo.pop()
+            if name in self.installed and name not in reached:
+                reached.add(name)
+                groups = self._paragraph(name).depends + (self.index.wishes(name) if wishes else ())
+                todo += [p.package.name for group in groups for relation in group for p in self._solutions(relation)]
+        return reached
+
     def broken(self) -> list[str]:
         return sorted(name for name in self.installed if self._is_broken(self._paragraph(name)))
 

@@ -10,6 +10,7 @@ from devns.errors import TemplateError
 if TYPE_CHECKING:
     from devns.host import Host
     from devns.progress import Progress
+    from devns.sealed import Place
     from devns.spec import Spec
 
 Recipe = dict[str, Any]
@@ -26,8 +27,11 @@ class Source(Protocol):
     def directories(self, spec: Spec, host: Host) -> list[str]:
         """Directories of the host used where they stand, beneath all layers. Pure."""
 
-    def make(self, recipe: Recipe, root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
-        """Fill the empty directory `root` with what `recipe` says; what else is worth recording is returned."""
+    def make(self, recipe: Recipe, place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+        """Fill the empty directory `place.root` with what `recipe` says; what else is worth recording is returned.
+
+        A recipe with a "parent" stands on the layer of that key: the layers beneath are `place.lower`.
+        """
 
 
 def find(source: str) -> Source:

@@ -17,6 +17,7 @@ from devns.ops import bind, dev, file, proc, tmpfs
 if TYPE_CHECKING:
     from devns.host import Host
     from devns.progress import Progress
+    from devns.sealed import Place
     from devns.spec import Spec
 
 RECIPE = 1  # raised when the same packages would give another tree
@@ -57,7 +58,7 @@ def directories(spec: Spec, host: Host) -> list[str]:
     return []
 
 
-def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     """Resolve, download, unpack, configure. What was installed is returned, for the layer's record."""
     selection = archive.select(
         recipe["label"],
@@ -68,10 +69,9 @@ def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Pr
         progress=progress,
     )
     debs = archive.fetch(selection, host=host, cache=cache, progress=progress)
-    scripts = _unpack(
-        recipe, root, host, cache, [(debs[p.name], p.name, p.version) for p in selection.packages], progress
-    )
-    _configure(recipe, root, host, cache, selection, scripts, progress)
+    named = [(debs[package.name], package.name, package.version) for package in selection.packages]
+    scripts = _unpack(recipe, place.root, host, cache, named, progress)
+    _configure(recipe, place.root, host, cache, selection, scripts, progress)
     return {"packages": {package.name: package.version for package in selection.packages}}
 
 

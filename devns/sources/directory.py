@@ -9,6 +9,7 @@ from devns.errors import TemplateError
 if TYPE_CHECKING:
     from devns.host import Host
     from devns.progress import Progress
+    from devns.sealed import Place
     from devns.spec import Spec
 
 
@@ -28,5 +29,5 @@ def directories(spec: Spec, host: Host) -> list[str]:
     return [path]
 
 
-def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     raise AssertionError("a directory is used where it stands")

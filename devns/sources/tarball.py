@@ -12,6 +12,7 @@ from devns.ops import bind, tmpfs
 if TYPE_CHECKING:
     from devns.host import Host
     from devns.progress import Progress
+    from devns.sealed import Place
     from devns.spec import Spec
 
 RECIPE = 1  # raised when the same tarball would give another tree
@@ -21,7 +22,9 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     """The file is known by its place, size and times: it is not read to find that it did not change."""
     path = spec.root.source.removeprefix("tar:")
     if spec.root.packages:
-        raise TemplateError(f"{spec.template}: root.packages: a tar: root is used as it stands, nothing is installed in it")
+        raise TemplateError(
+            f"{spec.template}: root.packages: a tar: root is used as it stands, nothing is installed in it"
+        )
     status = host.stat(path)
     if status is None or host.kind(path) != "file":
         raise TemplateError(f"{spec.template}: root.from: {path}: no such file")
@@ -41,11 +44,13 @@ def directories(spec: Spec, host: Host) -> list[str]:
     return []
 
 
-def make(recipe: dict[str, Any], root: str, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     progress.stage(f"unpack {os.path.basename(recipe['path'])}", total=recipe["size"], unit="bytes")
     archive = os.open(recipe["path"], os.O_RDONLY | os.O_CLOEXEC)
     try:
-        plan = sealed.sealed_plan(host, map=recipe["map"], inside=[tmpfs("/"), bind(root, "/root", readonly=False)])
+        plan = sealed.sealed_plan(
+            host, map=recipe["map"], inside=[tmpfs("/"), bind(place.root, "/root", readonly=False)]
+        )
 
         def call() -> str:
             root_fd = os.open("/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

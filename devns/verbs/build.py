@@ -7,6 +7,9 @@ from devns.store import Environment
 from devns.workflow import Bench, Options
 
 
-def build(name: str | None, bench: Bench, options: Options = Options()) -> Environment:
+def build(
+    name: str | None, bench: Bench, options: Options = Options(), *, shell_on_failure: bool = False
+) -> Environment:
     """Build the layers of `name` where they are missing, and return the environment that stands on them."""
-    return workflow.prepare(workflow.understand(name, bench, options), bench)
+    spec = workflow.understand(name, bench, options)
+    return workflow.prepare(spec, bench, shell_on_failure=shell_on_failure)

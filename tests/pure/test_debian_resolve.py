@@ -168,3 +168,9 @@ def test_a_root_is_merged_without_usrmerge() -> None:
 def test_the_same_request_in_another_order_is_the_same_set() -> None:
     packages = [A("a", depends="v | c"), A("b", depends="c"), A("c"), A("w", provides="v")]
     assert closure(*packages, request="a b c") == closure(*packages, request="c b a") == {"a", "b", "c"}
+
+
+def test_what_came_for_a_package_that_then_could_not_be_had_goes_again() -> None:
+    packages = [A("a", depends="b | c"), A("b", depends="b1, b2"), A("b1"), A("b2", depends="b3"), A("c")]
+    assert closure(*packages) == {"a", "c"}
+    assert closure(*packages, A("k", suggests="b1"), request="a k") == {"a", "b1", "c", "k"}

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -455,3 +455,55 @@ def test_no_effects_lets_reading_and_importing_be(tmp_path: Path, no_effects: No
         import fresh  # type: ignore[import-not-found]  # written above
 
         assert (fresh.x, os.listdir(tmp_path), Path("/dev/null").read_text()) == (1, ["fresh.py"], "")
+
+
+# --- digest -----------------------------------------------------------------------------------------------------------
+
+TREE: dict[str, str | None] = {"/t/a": "1", "/t/d/b": "2", "/t/empty": None}
+
+
+def test_a_digest_says_whether_two_trees_are_the_same(host: MakeHost) -> None:
+    one, two = host(TREE), host(TREE)
+    os.utime(f"{two.root}/t/a", (0, 0))
+    assert one.digest("/t") == two.digest("/t") != one.digest("/t/d")
+
+
+@pytest.mark.parametrize(
+    ("files", "links", "modes"),
+    [
+        ({**TREE, "/t/a": "x"}, {}, {}),
+        ({**TREE, "/t/d/b": "2\n"}, {}, {}),
+        ({**TREE, "/t/new": ""}, {}, {}),
+        ({"/t/a": "1", "/t/d/b": "2"}, {}, {}),
+        ({"/t/a": "1", "/t/d/b": "2", "/t/other": None}, {}, {}),
+        ({"/t/a": "1", "/t/d/b": "2", "/t/empty": ""}, {}, {}),
+        ({"/t/a": "1", "/t/d/b": "2"}, {"/t/empty": "d"}, {}),
+        (TREE, {"/t/l": "a"}, {}),
+        (TREE, {}, {"/t/a": 0o755}),
+        (TREE, {}, {"/t/d": 0o700}),
+    ],
+)
+def test_a_digest_is_another_for_whatever_else_a_tree_holds(host: MakeHost, files: Any, links: Any, modes: Any) -> None:
+    assert host(files, links=links, modes=modes).digest("/t") not in (None, host(TREE).digest("/t"))
+
+
+def test_a_digest_follows_no_symbolic_link(host: MakeHost) -> None:
+    before, after = (host({**TREE, "/x": said}, links={"/t/l": "/x", "/u": "t"}) for said in ("1", "2"))
+    assert before.digest("/t") == after.digest("/t")
+    assert [before.digest(path) for path in ("/u", "/u/a", "/t/l")] == [None, None, None]
+
+
+def test_a_digest_of_too_much_and_of_nothing_is_none(host: MakeHost, tmp_path: Path) -> None:
+    made = host(TREE)
+    assert made.digest("/t", size=2) is not None
+    assert made.digest("/t", files=5) is not None
+    assert [made.digest("/t", size=1), made.digest("/t", files=4), made.digest("/no")] == [None, None, None]
+    os.makedirs(tmp_path / "/".join(["deep"] * 120))
+    assert made.digest("/deep") is None
+
+
+def test_a_digest_opens_nothing_that_can_block(host: MakeHost, tmp_path: Path) -> None:
+    made = host(TREE)
+    plain = made.digest("/t")
+    os.mkfifo(tmp_path / "t" / "fifo")
+    assert made.digest("/t") not in (None, plain)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from devns.errors import TemplateError
 from devns.host import Host
-from devns.spec import Build, Env, Namespaces, Root, Shell, Spec, Time, User, Uts, make_spec
+from devns.spec import Build, Env, Namespaces, Root, Said, Shell, Spec, Time, User, Uts, make_spec
 from devns.template import Document, SourceFile, load, parse
 
 HOME = "/home/dev"
@@ -91,6 +91,7 @@ def test_a_full_template_becomes_its_spec() -> None:
         env=Env({"APP_ENV": "dev", "_X1": ""}, ("LANG",)),
         shell=Shell("/bin/zsh"),
         tables={Limits: Limits(4 << 30)},
+        said=Said((), (2,), {"APP_ENV": "dev", "_X1": ""}),
     )
 
 

@@ -416,6 +416,28 @@ def test_a_layer_that_was_found_stays_until_it_is_named_or_given_up(store: Store
     assert_store_sound(store.path)
 
 
+def test_a_layer_is_held_from_the_moment_it_can_be_seen(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename_new = durable.rename_new
+    unused = []
+
+    def watched(old: str, new: str) -> bool:
+        done = rename_new(old, new)
+        unused.append(Store.open(store.path).unused_layers())
+        return done
+
+    monkeypatch.setattr(durable, "rename_new", watched)
+    build(store, BASE)
+    assert unused == [()]
+
+
+def test_a_layer_is_given_up_when_an_environment_names_it_already(store: Store) -> None:
+    ensure(store, "demo", BASE)
+    ensure(store, "demo", BASE)
+    other = Store.open(store.path)
+    other.remove("demo")
+    assert other.unused_layers() == (BASE,)
+
+
 def test_a_layer_below_a_running_environment_stays_when_the_environment_moves_on(store: Store) -> None:
     before = ensure(store, "demo", BASE)
     with before.lease():
@@ -453,9 +475,9 @@ def test_collecting_deletes_the_locks_of_what_is_not_there_and_no_others(store: 
     with store.lock("0" * 64):
         pass
     with store.lock("1" * 64):
-        before = set(os.listdir(f"{store.path}/locks"))
         store.collect()
-        assert before - set(os.listdir(f"{store.path}/locks")) == {f"{'0' * 64}.lock"}
+        kept = {BASE, f"layer@{BASE}", "environment@demo", "store@asking", "1" * 64}
+        assert set(os.listdir(f"{store.path}/locks")) == {f"{name}.lock" for name in kept}
 
 
 def test_a_lock_keeps_others_out_and_shared_ones_let_each_other_in(store: Store) -> None:
@@ -643,6 +665,37 @@ def test_an_environment_in_use_is_not_removed_and_says_so(store: Store) -> None:
     assert store.environment("demo") is None
 
 
+def test_an_environment_is_not_removed_while_it_is_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure(store, "demo", BASE)
+    write_record = durable.write
+    refused = []
+
+    def watched(path: str, data: bytes) -> None:
+        write_record(path, data)
+        with pytest.raises(InUse):
+            Store.open(store.path).remove("demo")
+        refused.append(path)
+
+    monkeypatch.setattr(durable, "write", watched)
+    store.ensure_environment("demo", {"layers": [BASE], "template": "other"})
+    assert len(refused) == 1
+
+
+def test_X_10_somebody_who_asks_whether_it_is_in_use_does_not_count_as_a_use(store: Store) -> None:
+    ensure(store, "demo", BASE)
+
+    @contextmanager
+    def asking() -> Iterator[None]:
+        with store._asking(), store._held("environment@demo", fcntl.LOCK_EX):
+            yield
+            time.sleep(0.1)  # long enough for the removal to come
+
+    pid, end = held(asking)
+    os.close(end)
+    store.remove("demo")
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_lease_is_not_inherited_by_programs_and_is_kept_by_forked_processes(store: Store) -> None:
     environment = ensure(store, "demo", BASE)
     with environment.lease():
@@ -803,6 +856,24 @@ def test_X_11_a_directory_that_turns_into_a_symbolic_link_meanwhile_leads_nowher
 
     in_processes(2, lambda number: (swap, delete)[number](number))
     assert (canary / "file").read_text() == "alive"
+
+
+def test_X_11_a_directory_that_is_moved_out_meanwhile_leads_nowhere(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.makedirs(f"{tmp_path}/tree/a/b/c")
+    os.makedirs(f"{tmp_path}/elsewhere/a")
+    opened = os.open
+
+    def moving(path: str, flags: int, *mode: int, dir_fd: int | None = None) -> int:
+        if path == ".." and os.path.lexists(f"{tmp_path}/tree/a"):
+            os.rename(f"{tmp_path}/tree/a", f"{tmp_path}/elsewhere/moved")
+        return opened(path, flags, *mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", moving)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+        delete_tree(f"{tmp_path}/tree")
+    assert sorted(os.listdir(f"{tmp_path}/elsewhere")) == ["a", "moved"]
 
 
 def test_X_30_modes_that_keep_out_their_owner_are_no_obstacle(tmp_path: Any) -> None:

@@ -1,0 +1,127 @@
+"""trees: work on directory trees that hold files of every id an environment may have.
+
+A process does it that is root over all of these, sees the directories it was given and nothing else, and has no
+network: what lies in the trees may be hostile. The functions to run there must have imported all they need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from devns import sealed
+from devns.errors import DevnsError
+from devns.ops import bind, tmpfs
+from devns.store import ForeignFiles, delete_tree
+
+if TYPE_CHECKING:
+    from devns.host import Host
+
+BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system's own is. stat(3type)
+
+
+def run(
+    host: Host,
+    function: Callable[[], Any],
+    *,
+    read: Mapping[str, str] = {},
+    write: Mapping[str, str] = {},
+    map: str | None = None,
+) -> Any:
+    """The JSON value that `function` returns, run where these directories are: place inside -> path on the host.
+
+    `map` is by default the widest that this host grants. Raises DevnsError for what the kernel refuses.
+    """
+    binds = [bind(path, place) for place, path in read.items()]
+    binds += [bind(path, place, readonly=False) for place, path in write.items()]
+    plan = sealed.sealed_plan(host, map=map or widest(host), inside=[tmpfs("/"), *binds])
+    # Ownership is not pretended here: what is asked for is done, or an error.
+    plan["confine"]["seccomp"] = [name for name in plan["confine"]["seccomp"] if name != "emulate-root"]
+    places = {**read, **write}
+
+    def call() -> str:
+        try:
+            return json.dumps(function())
+        except OSError as error:
+            said = os.strerror(error.errno or 0).lower()
+            raise DevnsError(f"{_outside(error.filename, places)}: {said}") from None
+
+    return json.loads(sealed.run_sealed(plan, call=call) or "null")
+
+
+def widest(host: Host) -> str:
+    """ "range" where this host can map one, else "single"."""
+    if host.subordinate("uid") and host.subordinate("gid") and host.which("newuidmap") and host.which("newgidmap"):
+        return "range"
+    return "single"
+
+
+def _outside(path: object, places: Mapping[str, str]) -> str:
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
+    if not isinstance(path, str):
+        return next(iter(places.values()))
+    for place, outside in places.items():
+        if path == place or path.startswith(f"{place}/"):
+            return outside + path[len(place) :]
+    return path
+
+
+# --- deleting ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def finishing(host: Host) -> Iterator[None]:
+    """What a removal from the store left in its trash, because other ids own it, is deleted where these are mapped."""
+    try:
+        yield
+    except ForeignFiles as left:
+        delete(host, left.path)
+
+
+def delete(host: Host, path: str) -> None:
+    """Delete a tree that is in the trash, whoever owns what is in it."""
+    try:
+        delete_tree(path)
+    except ForeignFiles:
+        trash, name = os.path.split(path)
+        run(host, lambda: delete_tree(f"/trash/{name}"), write={"/trash": trash}, map="range")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def sizes(host: Host, directory: str, paths: Iterable[str]) -> dict[str, int]:
+    """How many bytes of disk each of `paths`, relative to `directory`, takes; a file of many names counts once in all.
+
+    What is not there takes none.
+    """
+    wanted = list(paths)
+    if not wanted:
+        return {}
+
+    def measure() -> list[int]:
+        seen: set[tuple[int, int]] = set()
+        return [usage(f"/store/{path}", seen) for path in wanted]
+
+    return dict(zip(wanted, run(host, measure, read={"/store": directory}), strict=True))
+
+
+def usage(path: str, seen: set[tuple[int, int]]) -> int:
+    """The bytes of disk beneath a path that no other user changes meanwhile; inodes in `seen` are counted already."""
+    total, todo = 0, [path]
+    while todo:
+        path = todo.pop()
+        with suppress(FileNotFoundError, NotADirectoryError):  # the owner may be at work in it
+            status = os.lstat(path)
+            if status.st_nlink > 1:
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            total += status.st_blocks * BLOCK
+            if status.st_mode & 0o170000 == 0o040000:
+                todo += [f"{path}/{name}" for name in os.listdir(path)]
+    return total

@@ -1,0 +1,371 @@
+"""What an environment keeps, and how it goes: reset, diff, clone, gc, du, verify, as a user meets them."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+Devns = Callable[..., "subprocess.CompletedProcess[str]"]
+TOOLS = ("sh", "cat", "rm", "mkdir", "echo", "ln", "touch", "chmod", "mv", "ls", "chown", "mkfifo", "truncate")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Path:
+    """The user's own templates."""
+    path = tmp_path / "home" / ".config" / "devns" / "templates"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def environ(tmp_path: Path, store: Path, templates: Path) -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "DEVNS"))}
+    env |= {"HOME": str(tmp_path / "home"), "DEVNS_STORE": str(store)}
+    return env | {"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'plugins'}"}
+
+
+@pytest.fixture
+def devns(environ: dict[str, str], tmp_path: Path) -> Devns:
+    """`devns(*arguments)`: the finished process, its words captured."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "devns", *arguments],
+            cwd=tmp_path / "home",
+            env=environ,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def running(environ: dict[str, str], tmp_path: Path) -> Callable[[str], Any]:
+    """`with running("host"):` somebody is in it."""
+
+    @contextmanager
+    def run(name: str) -> Iterator[None]:
+        command = [sys.executable, "-m", "devns", "run", name, "--", "sh", "-c", "echo here; cat"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=tmp_path / "home", env=environ, text=True, **pipes) as process:  # type: ignore[call-overload]  # a dict of options
+            assert process.stdout.readline() == "here\n"
+            try:
+                yield
+            finally:
+                process.stdin.close()
+                process.wait()
+
+    return run
+
+
+@pytest.fixture
+def tiny(templates: Path, tmp_path: Path) -> Callable[..., str]:
+    """`tiny()`: a template whose layer is a tarball of a few of the host's tools and three files."""
+
+    def make(name: str = "tiny", text: str = "one\n", table: str = "") -> str:
+        path = tmp_path / f"{name}.tar"
+        with tarfile.open(path, "w", dereference=True) as tar:
+            for directory in ("bin", "etc", "etc/deep", "var", "proc", "tmp", "dev", "sys", "run", "home", "srv"):
+                entry = tarfile.TarInfo(directory)
+                entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(entry)
+            for place, words in {"etc/name": text, "etc/other": "other\n", "etc/deep/file": "deep\n"}.items():
+                entry = tarfile.TarInfo(place)
+                entry.size, entry.mode = len(words), 0o644
+                tar.addfile(entry, io.BytesIO(words.encode()))
+            for place, source in tools().items():
+                tar.add(source, place, filter=as_root)
+        (templates / f"{name}.toml").write_text(f'[root]\nfrom = "tar:{path}"\n{table}')
+        return name
+
+    return make
+
+
+@functools.cache
+def tools() -> dict[str, str]:
+    """Programs of the host's and the libraries they need: place in a root -> path here."""
+    found = {f"bin/{tool}": path for tool in TOOLS if (path := shutil.which(tool))}
+    ldd = shutil.which("ldd")
+    if ldd is None:
+        pytest.skip("no ldd(1) to make a root by")
+    said = subprocess.run([ldd, *found.values()], capture_output=True, text=True, check=False).stdout
+    return found | {path.lstrip("/"): path for path in re.findall(r"(/\S+) \(0x", said)}
+
+
+def as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = 0
+    return entry
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """The error, which is one line and at most a hint."""
+    assert done.returncode == 125
+    first, *hints = done.stderr.splitlines()
+    assert first.startswith("devns: ")
+    assert all(hint.startswith("hint: ") for hint in hints[:1])
+    assert len(hints) <= 1
+    return first.removeprefix("devns: ")
+
+
+def listdir(path: Path) -> list[str]:
+    return sorted(os.listdir(path)) if path.exists() else []
+
+
+# --- reset ------------------------------------------------------------------------------------------------------------
+
+
+def test_reset_empties_the_root_and_leaves_the_home(devns: Devns, store: Path) -> None:
+    devns("run", "host", "--", "sh", "-c", "echo 1 > /srv/file; echo 2 > ~/file")
+    assert (devns("reset", "host").returncode, listdir(store / "trash"), listdir(store / "staging")) == (0, [], [])
+    done = devns("run", "host", "--", "sh", "-c", "ls /srv; cat ~/file")
+    assert (done.returncode, done.stdout) == (0, "2\n")
+
+
+def test_reset_with_home_empties_the_home_too_however_it_is_closed(devns: Devns) -> None:
+    devns("run", "host", "--", "sh", "-c", "mkdir ~/closed; echo 2 > ~/closed/file; chmod 0 ~/closed; chmod 500 ~")
+    assert devns("reset", "--home", "host").stderr == ""
+    assert devns("run", "host", "--", "sh", "-c", "ls -A ~").stdout == ""
+
+
+def test_reset_takes_what_was_written_over_layers_before_too(devns: Devns, tiny: Callable[..., str]) -> None:
+    devns("run", tiny(), "--", "sh", "-c", "echo 1 > /etc/by-hand")
+    tiny("tiny", "two\n")
+    assert "layers before" in devns("run", "tiny", "--", "sh", "-c", "echo 2 > /etc/later").stderr
+    assert devns("reset", "tiny").returncode == 0
+    assert devns("run", "tiny", "--", "sh", "-c", "cat /etc/name; test ! -e /etc/later").stdout == "two\n"
+    tiny("tiny", "one\n")
+    done = devns("run", "tiny", "--", "sh", "-c", "cat /etc/name; test ! -e /etc/by-hand")
+    assert (done.returncode, done.stdout) == (0, "one\n")
+
+
+def test_reset_refuses_while_somebody_is_in_it(devns: Devns, running: Callable[[str], Any]) -> None:
+    devns("run", "host", "--", "touch", "/srv/file")
+    with running("host"):
+        assert one_sentence(devns("reset", "host")) == "host: in use"
+    assert devns("run", "host", "--", "ls", "/srv").stdout == "file\n"
+    assert devns("reset", "host").returncode == 0
+
+
+def test_reset_deletes_what_other_ids_own(devns: Devns, require: Any, store: Path) -> None:
+    require("range")
+    said = "mkdir -p /srv/deep; touch /srv/deep/file; chown -R 7:7 /srv/deep; chmod 700 /srv/deep"
+    assert devns("run", "--root", "--map", "range", "host", "--", "sh", "-c", said).returncode == 0
+    assert devns("reset", "host").stderr == ""
+    assert (listdir(store / "trash"), devns("run", "host", "--", "ls", "/srv").stdout) == ([], "")
+
+
+def test_reset_empties_a_home_that_root_inside_gave_away(devns: Devns, require: Any) -> None:
+    require("range")
+    said = "touch /root/file; chown -R 7:7 /root; chmod 700 /root"
+    assert devns("run", "--root", "--map", "range", "host", "--", "sh", "-c", said).returncode == 0
+    assert devns("reset", "--home", "host").stderr == ""
+    assert devns("run", "--root", "--map", "range", "host", "--", "ls", "-A", "/root").stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["reset", "diff"])
+def test_what_was_never_made_is_one_sentence(devns: Devns, verb: str) -> None:
+    assert one_sentence(devns(verb, "host")) == "host: no such environment"
+
+
+# --- diff -------------------------------------------------------------------------------------------------------------
+
+
+def changed(devns: Devns, name: str) -> list[tuple[str, str]]:
+    return [(row["change"], row["path"]) for row in answer(devns("diff", name, "--json"))["files"]]
+
+
+@pytest.mark.parametrize("name", ["host", "tiny"])
+def test_an_environment_that_was_only_entered_did_not_change(devns: Devns, tiny: Callable[..., str], name: str) -> None:
+    tiny()
+    assert devns("run", name, "--", "sh", "-c", "echo kept > ~/file").returncode == 0
+    assert answer(devns("diff", name, "--json")) == {"name": name, "files": [], "packages": []}
+    assert devns("diff", name).stdout == ""
+
+
+def test_diff_tells_what_was_added_modified_and_deleted(devns: Devns, tiny: Callable[..., str]) -> None:
+    said = (
+        "cd /etc; echo 2 > name; rm other; mkdir new; echo 3 > new/file; ln -s name link; rm -r deep;"
+        "mkdir deep; echo 4 > deep/later; chmod 700 /srv; echo 5 > gone; rm gone; touch /bin/sh; rm -r /var;"
+        "echo 6 > /var"
+    )
+    assert devns("run", tiny(), "--", "sh", "-c", said).returncode == 0
+    assert changed(devns, "tiny") == [
+        ("deleted", "/etc/deep/file"),
+        ("added", "/etc/deep/later"),
+        ("added", "/etc/link"),
+        ("modified", "/etc/name"),
+        ("added", "/etc/new"),
+        ("added", "/etc/new/file"),
+        ("deleted", "/etc/other"),
+        ("modified", "/srv"),
+        ("modified", "/var"),
+    ]
+    assert devns("diff", "tiny").stdout.splitlines()[1].split() == ["deleted", "file", "/etc/deep/file"]
+
+
+def test_diff_compares_with_a_directory_that_is_the_root(
+    devns: Devns, templates: Path, store: Path, tmp_path: Path, tiny: Callable[..., str]
+) -> None:
+    devns("build", tiny())
+    (layer,) = (store / "layers").iterdir()
+    root = shutil.copytree(layer / "root", tmp_path / "root", symlinks=True)
+    (templates / "here.toml").write_text(f'[root]\nfrom = "dir:{root}"\n')
+    assert devns("run", "here", "--", "sh", "-c", "rm /etc/name; echo 1 > /srv/file").stderr == ""
+    assert changed(devns, "here") == [("deleted", "/etc/name"), ("added", "/srv/file")]
+
+
+def test_diff_tells_packages_by_dpkgs_database(devns: Devns, tiny: Callable[..., str], store: Path) -> None:
+    devns("run", tiny(), "--", "true")
+    (layer,) = (store / "layers").iterdir()
+    (upper,) = (store / "environments" / "tiny").glob("upper-*/root")
+    for root, versions in (
+        (layer / "root", {"a": "1.0", "b": "1.0~rc1", "c": "1:2"}),
+        (upper, {"b": "1.0", "c": "2", "d": "1"}),
+    ):
+        (root / "var" / "lib" / "dpkg").mkdir(parents=True)
+        paragraphs = [
+            f"Package: {name}\nStatus: install ok installed\nVersion: {version}\nDescription: x\n Version: 0\n"
+            for name, version in versions.items()
+        ]
+        paragraphs.append("Package: e\nStatus: deinstall ok config-files\nVersion: 1\n")
+        (root / "var" / "lib" / "dpkg" / "status").write_text("\n".join(paragraphs))
+    assert answer(devns("diff", "tiny", "--json"))["packages"] == [
+        {"change": "removed", "name": "a", "from": "1.0", "to": None},
+        {"change": "upgraded", "name": "b", "from": "1.0~rc1", "to": "1.0"},
+        {"change": "downgraded", "name": "c", "from": "1:2", "to": "2"},
+        {"change": "added", "name": "d", "from": None, "to": "1"},
+    ]
+
+
+def test_diff_says_odd_names_without_acting_on_them(devns: Devns) -> None:
+    devns("run", "host", "--", "sh", "-c", "cd /srv; touch $(printf '\\033[31m\\377')")
+    assert changed(devns, "host") == [("added", "/srv/\x1b[31m\udcff")]
+    assert devns("diff", "host").stdout.splitlines()[1].isprintable()
+
+
+# --- gc ---------------------------------------------------------------------------------------------------------------
+
+
+def test_gc_takes_what_no_environment_names_and_nothing_else(
+    devns: Devns, tiny: Callable[..., str], store: Path
+) -> None:
+    devns("build", tiny())
+    devns("build", tiny("other", "two\n"))
+    assert answer(devns("gc", "--json")) == []
+    kept = json.loads(devns("info", "--json", "tiny").stdout)["layers"]
+    (unused,) = json.loads(devns("info", "--json", "other").stdout)["layers"]
+    devns("remove", "other")
+    (store / "trash" / "abandoned").mkdir()
+    (store / "staging" / "left").mkdir()
+    (store / "staging" / "left" / "file").write_text("x" * 9000)
+
+    shown = answer(devns("gc", "--dry-run", "--json"))
+    assert [(row["kind"], row["name"]) for row in shown] == [
+        ("layer", unused),
+        ("leftover", "staging/left"),
+        ("leftover", "trash/abandoned"),
+    ]
+    assert shown[0]["bytes"] >= os.path.getsize(tools()["bin/sh"])
+    assert shown[1]["bytes"] >= 9000
+    assert listdir(store / "layers") == sorted([*kept, unused])
+    assert answer(devns("gc", "--json")) == shown
+    assert (listdir(store / "layers"), listdir(store / "trash"), listdir(store / "staging")) == (kept, [], [])
+    assert devns("run", "tiny", "--", "cat", "/etc/name").stdout == "one\n"
+    assert devns("gc").stdout == ""
+
+
+def test_gc_says_in_a_table_what_went(devns: Devns, tiny: Callable[..., str]) -> None:
+    devns("build", tiny())
+    devns("remove", "tiny")
+    head, layer, total = devns("gc").stdout.splitlines()
+    assert head.split() == ["WHAT", "NAME", "SIZE"]
+    assert layer.split()[0] == "layer"
+    assert total.split()[1:] == layer.split()[2:]
+
+
+def test_gc_leaves_a_layer_in_which_somebody_still_is(
+    devns: Devns, tiny: Callable[..., str], running: Callable[[str], Any], store: Path
+) -> None:
+    devns("build", tiny())
+    (layer,) = listdir(store / "layers")
+    with running("tiny"):
+        tiny("tiny", "two\n")  # from now on the environment names another layer
+        assert devns("build", "tiny").returncode == 0
+        assert answer(devns("gc", "--json")) == []
+    assert [row["name"] for row in answer(devns("gc", "--json"))] == [layer]
+
+
+def test_gc_leaves_the_cache_unless_told_and_then_what_a_layer_names(
+    devns: Devns, tiny: Callable[..., str], store: Path
+) -> None:
+    devns("build", tiny())
+    named, unnamed = "a" * 64, "b" * 64
+    for part in ("debs", "indexes", "releases"):
+        (store / "cache" / part).mkdir()
+    (store / "cache" / "debs" / f"{named}.deb").write_text("x")
+    (store / "cache" / "debs" / f"{unnamed}.deb").write_text("x")
+    (store / "cache" / "debs" / f"{unnamed}.deb.part").write_text("x")
+    (store / "cache" / "indexes" / f"bookworm-amd64-{unnamed}").write_text("x")
+    (store / "cache" / "releases" / "bookworm").write_text("never older than this")
+    (layer,) = listdir(store / "layers")
+    path = store / "layers" / layer / "layer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "debs": {"a": {"sha256": named}}}))
+
+    assert answer(devns("gc", "--json")) == []
+    shown = answer(devns("gc", "--cache", "--dry-run", "--json"))
+    assert [(row["kind"], row["name"], row["files"]) for row in shown] == [
+        ("cache", "debs", 2),
+        ("cache", "indexes", 1),
+    ]
+    assert answer(devns("gc", "--cache", "--json")) == shown
+    assert listdir(store / "cache" / "debs") == [f"{named}.deb"]
+    assert (listdir(store / "cache" / "indexes"), listdir(store / "cache" / "releases")) == ([], ["bookworm"])
+
+
+def test_gc_does_not_empty_the_cache_beneath_a_build(devns: Devns, store: Path) -> None:
+    from devns.store import Store
+
+    devns("build", "host")
+    with Store.open(str(store)).staging():
+        assert one_sentence(devns("gc", "--cache")) == "cache: locked by another devns"
+    assert devns("gc", "--cache").returncode == 0
+
+
+def test_gc_takes_what_other_ids_own(devns: Devns, tiny: Callable[..., str], require: Any, store: Path) -> None:
+    require("range")
+    devns("build", tiny(table='[user]\nmap = "range"\n'))
+    assert devns("remove", "tiny").returncode == 0
+    assert [row["kind"] for row in answer(devns("gc", "--json"))] == ["layer"]
+    assert (listdir(store / "layers"), listdir(store / "trash")) == ([], [])
+
+
+def test_gc_of_no_store_makes_none(devns: Devns, store: Path) -> None:
+    assert answer(devns("gc", "--cache", "--json")) == []
+    assert not store.exists()
