@@ -8,10 +8,9 @@
 Names are loaded when they are first asked for: importing devns costs nothing.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+# Nothing is imported here, not even typing or __future__: a module of that name in the working directory, where Python
+# may look first, would run before devns can take that place off sys.path.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from devns.errors import DevnsError, StepError, TemplateError, Unsupported
     from devns.library import Environment, open
@@ -37,7 +36,7 @@ _ROOMS = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     import importlib
 
     for room, names in _ROOMS.items():

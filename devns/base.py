@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from devns import build, diagnose
 from devns.hooks import hookimpl
+from devns.host import is_beneath
 from devns.ops import (
     account,
     bind,
@@ -15,6 +16,7 @@ from devns.ops import (
     directory,
     file,
     hostname,
+    mask,
     mqueue,
     namespace,
     no_user_namespaces,
@@ -73,7 +75,8 @@ def _root(spec: Spec, host: Host) -> Iterator[Step]:
     lower = build.lower_directories(spec, host)
     if lower:
         upper, work = build.upper_directories(spec, host) if spec.root.writable == "keep" else (None, None)
-        yield overlay("/", lower=lower, upper=upper, work=work, readonly=spec.root.writable == "no")
+        lower = [host.realpath(path) for path in lower]
+        yield overlay("/", lower=lower, upper=upper, work=work, readonly=spec.root.writable == "no", canonical=True)
         yield account(host.user, host.uid, host.gid, host.home, "/bin/bash")
         return
     yield from _host_root(spec, host)
@@ -88,18 +91,30 @@ def _host_root(spec: Spec, host: Host) -> Iterator[Step]:
         yield tmpfs("/")
     for path in _HOST_DIRECTORIES:
         if host.kind(path) == "directory":
-            yield bind(path, path, default=True)
+            yield from _lent(path, host)
     for path in _HOST_LINKS:
         target = host.readlink(path)
         if target is not None:
             yield symlink(path, target)
         elif host.kind(path) == "directory":
-            yield bind(path, path, default=True)
+            yield from _lent(path, host)
     for path in ("/var/tmp", "/var/lib", "/var/cache", "/var/log", "/root", "/home", "/mnt", "/srv"):
         yield directory(path, default=True)
     yield file("/etc/passwd", _passwd(host), optional=True, default=True)
     yield file("/etc/group", _group(host), optional=True, default=True)
     yield file("/etc/nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n", optional=True)
+
+
+def _lent(path: str, host: Host) -> Iterator[Step]:
+    """A directory of the host's, without what is the user's alone and lies there: a store in /opt, a home in /usr."""
+    real, home = host.realpath(path), host.realpath(host.home)
+    for own in host.own:
+        if is_beneath(own, real):
+            yield mask(path + own[len(real) :], default=True)
+    status = host.stat(home)
+    if is_beneath(home, real) and status and status.st_uid == host.uid:
+        yield tmpfs(path + home[len(real) :], default=True)  # no mask: a project in it has to find a place
+    yield bind(path, path, default=True)  # the last: of two defaults for one place the first counts
 
 
 def _passwd(host: Host) -> str:

@@ -7,17 +7,16 @@ other names, and are missing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import posixpath
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from devns import sealed, sources
+from devns import sealed, sources, trees
 from devns.errors import DevnsError, StepError, TemplateError
 from devns.ops import bind, tmpfs
 from devns.sealed import Place
+from devns.sources import key as key
 from devns.spec import Build, Env, User
 from devns.store import upper_name
 
@@ -77,12 +76,6 @@ def recipes(spec: Spec, host: Host) -> list[Recipe]:
     return found
 
 
-def key(recipe: Recipe) -> str:
-    """A layer's name in the store: its label, and the hash of all that makes it."""
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    return f"{recipe['label']}-{digest[:32]}"
-
-
 def layers(spec: Spec, host: Host) -> list[str]:
     return [key(recipe) for recipe in recipes(spec, host)]
 
@@ -125,14 +118,23 @@ def ensure(
                 with suppress(DevnsError):  # as with all that is left over: the next build tries again
                     sealed.delete(left, host)
             with store.staging() as staging, store.staging() as scratch:
-                place = Place(staging.root, _lower(names[:number], spec, host), scratch.path)
+                beneath = store.layer(names[number - 1]) if number else None
+                lent, variables = _lent(spec, host, hooks) if recipe.get("network") else ([], {})
+                place = Place(
+                    root=staging.root,
+                    lower=_lower(names[:number], spec, host),
+                    record=beneath.record if beneath else {},
+                    scratch=scratch.path,
+                    lent=lent,
+                    variables=variables,
+                )
                 if "run" in recipe:
-                    at = number + 1 - len(wanted) + len(spec.build.run)
-                    command = _Command(at, recipe, place, spec, host, hooks)
+                    command = _Command(number + 1 - len(wanted) + len(spec.build.run), recipe, place, spec, host)
                     made = command.run(progress, explain, shell_on_failure=shell_on_failure)
                 else:
                     made = source.make(recipe, place, host, store.cache, progress)
                 progress.stage("write to disk")
+                made |= trees.record(host, staging.path, recipe["map"])
                 store.commit(staging, name, {"recipe": recipe, **made})
     progress.end()
 
@@ -154,7 +156,6 @@ class _Command:
     place: Place
     spec: Spec
     host: Host
-    hooks: Hooks
 
     def run(self, progress: Progress, explain: Explain | None, *, shell_on_failure: bool) -> dict[str, Any]:
         """Run it; each line it says is a note. What it wrote is the layer, as overlayfs left it: what it deleted is
@@ -186,22 +187,16 @@ class _Command:
     @contextmanager
     def _planned(self, argv: Sequence[str]) -> Iterator[Plan]:
         recipe = self.recipe
-        lent, variables = _lent(self.spec, self.host, self.hooks) if recipe["network"] else ([], {})
-        mounts = [*lent, *_inputs(recipe, self.host)]
-        points = {step["dst"]: step["op"] == "tmpfs" or self._is_directory(step) for step in mounts}
-        with sealed.stacked(self.place, self.host, points) as inside:
+        with sealed.stacked(self.place, self.host, list(_inputs(recipe, self.host))) as inside:
             yield sealed.sealed_plan(
                 self.host,
                 map=recipe["map"],
-                inside=[*inside, *mounts],
+                inside=inside,
                 argv=argv,
-                env={**variables, **sealed.ENV, **recipe["env"]},
+                env={**self.place.variables, **sealed.ENV, **recipe["env"]},
                 cwd=recipe["project"] or "/",
                 network=recipe["network"],
             )
-
-    def _is_directory(self, step: Step) -> bool:
-        return step["op"] == "bind" and self.host.kind(step["src"]) == "directory"
 
 
 def _digests(spec: Spec, host: Host) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -27,6 +26,7 @@ Call = Callable[[], str]  # a payload that is a function: what it returns goes t
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PACKET = 1 << 16
+_TEXT = 1 << 13  # characters of an error that travel
 _SCRATCH = ("/tmp", "/mnt", "/run", "/media", "/srv", "/home")  # somewhere to mount on, out of everyone's sight
 _FLAGS = {
     "mount": linux.CLONE_NEWNS,
@@ -42,13 +42,25 @@ _FLAGS = {
 class Errand:
     """What one launch is to do: the Plan, or `call` instead of its argv; whose streams; whether steps are told."""
 
-    def __init__(self, plan: Plan, call: Call | None, stdio: Sequence[int], own_terminal: bool, traced: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        call: Call | None,
+        stdio: Sequence[int],
+        keep: Sequence[int],
+        own_terminal: bool,
+        traced: bool,
+    ) -> None:
         self.plan = plan
         self.call = call
         self.stdio = stdio
+        self.keep = keep  # descriptors that `call` uses
         self.own_terminal = own_terminal
         self.traced = traced
         self.umask = 0o022  # the caller's, given back to the payload
+        self.parent = os.getpid()
+        # What the caller ignores stays ignored, as nohup(1) wants it.
+        self.ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
 
 
 # --- the messages -----------------------------------------------------------------------------------------------------
@@ -90,7 +102,7 @@ def _frames(error: BaseException) -> str:
         code = frame.tb_frame.f_code
         lines.append(f"  {code.co_filename}:{frame.tb_lineno} in {code.co_name}")
         frame = frame.tb_next
-    return "\n".join([*lines, f"{type(error).__name__}: {error}"])
+    return "\n".join([*lines, f"{type(error).__name__}: {error}"])[-_TEXT:]
 
 
 class StepFailed(Exception):
@@ -107,6 +119,14 @@ def _step(op: str, path: str | None = None) -> Iterator[None]:
         raise StepFailed(op, error, path) from None
 
 
+def wait_for(pid: int) -> int:
+    """Wait for a process of ours; its exit status, or 125 where the caller ignores SIGCHLD, which keeps it from us."""
+    try:
+        return exit_status(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return 125
+
+
 def exit_status(code: int) -> int:
     """An exit status as a shell counts it. waitpid(2)"""
     if os.WIFSIGNALED(code):
@@ -120,8 +140,10 @@ def exit_status(code: int) -> int:
 def child(errand: Errand, control: socket.socket) -> None:
     """Unshare, be mapped, start init and wait for it."""
     plan = errand.plan
-    parent = os.getppid()
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What else the caller has open is a way back to the host, or a pipe whose end somebody waits for.
+    linux.close_all_but([0, 1, 2, control.fileno(), *errand.stdio, *errand.keep])
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # An own session: the terminal's Ctrl-C reaches the parent alone, which forwards it once.
     os.setsid()
     for number in (*FORWARDED, signal.SIGTSTP, signal.SIGPIPE):
@@ -142,9 +164,10 @@ def child(errand: Errand, control: socket.socket) -> None:
             offsets.write("".join(f"{name} {seconds} 0\n" for name, seconds in plan["clock"].items()))
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # from here on no other process may look into this one
     with _step("identity"):
-        if ids["map"] == "range":
-            os.setresgid(*[ids["gid_map"][0][0]] * 3)
-            os.setresuid(*[ids["uid_map"][0][0]] * 3)
+        # As root inside, where there is one: only it may give the new root's files to others.
+        if ids["map"] == "range" and _maps_root(ids["uid_map"]) and _maps_root(ids["gid_map"]):
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
             linux.prctl(linux.PR_SET_DUMPABLE, 0)
     if "cgroup" in plan["namespaces"]:
         # After the parent has put this process in its cgroup: the other way round the environment would see the
@@ -159,7 +182,7 @@ def child(errand: Errand, control: socket.socket) -> None:
     _keep_only(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
     linux.set_capabilities(())
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials takes it away: prctl(2)
-    if os.getppid() != parent:
+    if os.getppid() != errand.parent and "pid" in plan["namespaces"]:
         os.kill(pid, signal.SIGKILL)
     os._exit(exit_status(os.waitpid(pid, 0)[1]))
 
@@ -169,7 +192,7 @@ def child(errand: Errand, control: socket.socket) -> None:
 
 def _init(errand: Errand, control: socket.socket) -> None:
     plan = errand.plan
-    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_child(plan)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     _freeze_imports()
@@ -183,6 +206,7 @@ def _init(errand: Errand, control: socket.socket) -> None:
     for number in (*FORWARDED, signal.SIGCHLD):
         signal.signal(number, lambda number, frame: None)
     result_read, result = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(result_read, False)
     pid = os.fork()
     if pid == 0:
         os.close(result_read)
@@ -191,6 +215,17 @@ def _init(errand: Errand, control: socket.socket) -> None:
     os.close(result)
     _keep_only(null, control.fileno(), wake, wake_write, result_read, *([slave] if slave >= 0 else []))
     _supervise(pid, control, wake, result_read)
+
+
+def _maps_root(rows: Sequence[Sequence[int]]) -> bool:
+    return any(row[0] == 0 for row in rows)
+
+
+def _die_with_child(plan: Plan) -> None:
+    """As PID 1 init takes all with it, so it may be killed. Without a PID namespace it has to end the others first: it
+    lives until it sees that the parent's socket is closed."""
+    if "pid" in plan["namespaces"]:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _freeze_imports() -> None:
@@ -259,7 +294,7 @@ def _drop(plan: Plan, programs: Sequence[bytes]) -> None:
         linux.set_capabilities(limits["capabilities"])
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_child(plan)
     if limits["scoped"]:
         with _step("landlock"):
             _scope(plan["namespaces"])
@@ -291,14 +326,10 @@ def _open_terminal(control: socket.socket, stdio: Sequence[int]) -> int:
 
 
 def _keep_only(null: int, *fds: int) -> None:
-    """Close what the caller left open: a descriptor of the host is a way back to it. 0, 1 and 2 become `null`."""
+    """Keep these; 0, 1 and 2 become `null`."""
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    low = 3
-    for fd in sorted(fds):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    linux.close_all_but([0, 1, 2, *fds])
 
 
 def _supervise(payload: int, control: socket.socket, wake: int, result: int) -> NoReturn:
@@ -310,27 +341,36 @@ def _supervise(payload: int, control: socket.socket, wake: int, result: int) -> 
         for fd, _event in poll.poll():
             if fd == control.fileno():
                 message = receive(control)
-                if message is None:  # the parent is gone
+                if message is None:  # the parent is gone, or gives up
+                    _end_group(payload)
                     os._exit(125)
                 _pass_on(payload, message["signal"])
             elif fd == result:
-                data = os.read(result, 1 << 14)
-                if not data:
+                if not _hand_on(result, control):
                     poll.unregister(result)
-                else:
-                    tell(control, {"result": data.decode("latin-1")})
             else:
                 for number in os.read(wake, 256):
                     if number == signal.SIGCHLD:
                         _reap(payload, control, result)
-                    else:
+                    elif number in FORWARDED:
                         _pass_on(payload, number)
+
+
+def _hand_on(result: int, control: socket.socket) -> bool:
+    """What a function returned so far goes to the parent; false at its end."""
+    try:
+        while data := os.read(result, 1 << 13):  # at most six times that as JSON, which one packet holds
+            tell(control, {"result": data.decode("latin-1")})
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _pass_on(payload: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        if number in (signal.SIGSTOP, signal.SIGCONT):
-            os.killpg(payload, number)  # the payload leads a process group of its own
+        # What a terminal says to all in its foreground goes to the group that the payload leads.
+        if number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGINT, signal.SIGQUIT):
+            os.killpg(payload, number)
         else:
             os.kill(payload, number)
 
@@ -348,8 +388,7 @@ def _reap(payload: int, control: socket.socket, result: int) -> None:
         if os.WIFSTOPPED(code):
             tell(control, {"stopped": os.WSTOPSIG(code)})
             continue
-        while data := os.read(result, 1 << 14):
-            tell(control, {"result": data.decode("latin-1")})
+        _hand_on(result, control)
         tell(control, {"exit": exit_status(code)})
         _end_group(payload)
         os._exit(0)
@@ -375,6 +414,7 @@ def _end_group(payload: int) -> None:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        select.poll().poll(5)  # milliseconds: to end takes them a moment
 
 
 # --- the payload ------------------------------------------------------------------------------------------------------
@@ -394,7 +434,11 @@ def _payload(errand: Errand, slave: int, result: int, null: int) -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             with contextlib.suppress(OSError):
                 signal.signal(number, signal.SIG_DFL)
+    for number in errand.ignored:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if "pid" not in plan["namespaces"]:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     with _step("cwd", plan["cwd"]):
         os.chdir(plan["cwd"])
         if not os.getcwd().startswith("/"):
@@ -404,12 +448,23 @@ def _payload(errand: Errand, slave: int, result: int, null: int) -> None:
     if errand.call is not None:
         os.environ.clear()
         os.environ.update(plan["env"])
-        answer = errand.call().encode()
+        linux.close_all_but([0, 1, 2, result, *errand.keep])
+        answer = json.dumps(_answer(errand.call)).encode()
         while answer:
             answer = answer[os.write(result, answer) :]
         os._exit(0)
     linux.close_on_exec_from(3)
     _exec(plan["argv"], plan["env"])
+
+
+def _answer(call: Call) -> dict[str, Any]:
+    """What a function comes to: {"value"}, or an error as `guard` says it. The result's pipe is all it has left."""
+    try:
+        return {"value": call()}
+    except DevnsError as error:
+        return {"refused": {"message": error.message, "hint": error.hint}}
+    except BaseException as error:
+        return {"bug": _frames(error)}
 
 
 def is_terminal(fd: int) -> bool:

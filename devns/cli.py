@@ -13,6 +13,7 @@ import typer
 from devns import __version__, console, plugins
 from devns.errors import DevnsError
 from devns.host import Host, refuse_setuid
+from devns.spec import is_variable
 from devns.workflow import Bench, Options
 
 app = typer.Typer(
@@ -38,22 +39,40 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print each step 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line. What stands after the first `--` is a command for inside and is not looked at here."""
+    console.open_streams()
     head = sys.argv[1:] if arguments is None else arguments
     command: list[str] = []
     if "--" in head:
         at = head.index("--")
         head, command = head[:at], head[at + 1 :]
     try:
+        sys.exit(_run(head, command))
+    except BrokenPipeError:  # `devns list | head`: nobody reads on, which is no error
+        console.give_up()
+        sys.exit(141)
+
+
+def _run(head: list[str], command: list[str]) -> int:
+    try:
         app(head, prog_name="devns", obj=command)
     except DevnsError as error:
         console.show_error(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `devns list | head`: nobody reads on, which is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
-    sys.exit(0)
+        return error.exit_code
+    except SystemExit as end:
+        # typer ends by itself what it knows how to show: usage errors, help, an Exit. Of these two it makes a 1.
+        if _is_because_of(end, KeyboardInterrupt):
+            return 130
+        if _is_because_of(end, BrokenPipeError):
+            raise BrokenPipeError from None
+        raise
+    return 0
+
+
+def _is_because_of(end: BaseException, kind: type[BaseException]) -> bool:
+    reason: BaseException | None = end
+    while reason is not None and not isinstance(reason, kind):
+        reason = reason.__context__
+    return reason is not None
 
 
 @contextmanager
@@ -70,6 +89,8 @@ def _options(root: bool, map: Any, env: list[str] | None, cwd: str | None) -> Op
     pairs = {}
     for item in env or ():
         name, equals, value = item.partition("=")
+        if not is_variable(name):
+            raise DevnsError(f"-e {item}: no name of a variable", hint="-e NAME, or -e NAME=VALUE")
         if equals or name in os.environ:
             pairs[name] = value if equals else os.environ[name]
     return Options(root, map, pairs, cwd)
@@ -257,6 +278,43 @@ def gc(
         rows.append({"kind": "total", "name": "", "bytes": sum(row["bytes"] for row in rows)})
         table = [(row["kind"], row["name"], console.size(row["bytes"])) for row in rows]
         console.show_table(("what", "name", "size"), table)
+
+
+@app.command()
+def du(json: Json = False) -> None:
+    """Show who takes how much room in the store."""
+    from devns.verbs.du import du
+
+    with _bench() as bench:
+        found = du(bench)
+    if json:
+        console.show_json(found)
+        return
+    rows = [
+        ("environment", row["name"], console.size(row["own"]), f"and {console.size(row['shared'])} of layers")
+        for row in found["environments"]
+    ]
+    for row in found["layers"]:
+        rows.append(("layer", row["key"], console.size(row["bytes"]), ", ".join(row["users"]) or "nobody: devns gc"))
+    rows += [(what, "", console.size(found[what]), "") for what in ("cache", "leftovers", "total")]
+    console.show_table(("what", "name", "size", "with or for"), rows)
+
+
+@app.command()
+def verify(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, json: Json = False) -> None:
+    """Read every layer and compare it with what was recorded when it was finished; 125 where something is wrong."""
+    from devns.verbs.verify import verify
+
+    with _bench(as_json=json) as bench:
+        found = verify(name, bench)
+    if json:
+        console.show_json(found)
+    elif found["problems"]:
+        rows = [(row["kind"], row["name"], row["path"] or "", row["problem"]) for row in found["problems"]]
+        console.show_table(("what", "name", "path", "problem"), rows)
+    else:
+        console.say(f"{len(found['layers'])} layers, {len(found['environments'])} environments: all is well")
+    raise typer.Exit(125 if found["problems"] else 0)
 
 
 # --- projects ---------------------------------------------------------------------------------------------------------

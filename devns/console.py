@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,23 +24,60 @@ def printable(text: str) -> str:
     return "\n".join(map(escape, text.replace("\t", "    ").split("\n")))
 
 
+def open_streams() -> None:
+    """Open what the caller closed of the standard streams; else the next file opened would be taken for one."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
+
+
+def give_up() -> None:
+    """Nobody hears us any more: what Python still holds for them goes nowhere, or it would fail once more at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        os.dup2(null, fd)
+
+
 def say(text: str) -> None:
-    print(printable(text), flush=True)
+    _answer(printable(text))
 
 
 def tell(text: str) -> None:
     """One line for the user that is not the answer: to standard error."""
-    print(f"devns: {printable(text)}", file=sys.stderr, flush=True)
+    _aside(f"devns: {printable(text)}")
 
 
 def show_error(error: DevnsError) -> None:
-    print(f"devns: {printable(error.message)}", file=sys.stderr)
+    _aside(f"devns: {printable(error.message)}")
     if error.hint:
-        print(f"hint: {printable(error.hint)}", file=sys.stderr, flush=True)
+        _aside(f"hint: {printable(error.hint)}")
 
 
 def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=2), flush=True)
+    _answer(json.dumps(value, indent=2))
+
+
+def _answer(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise DevnsError(f"standard output cannot be written: {os.strerror(error.errno or 0).lower()}") from None
+
+
+def _aside(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:  # there is nowhere left to say so
+        return
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -59,7 +97,7 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     widths = [max(len(row[column]) for row in [list(headings), *cells]) for column in range(len(headings))]
     for row in [[heading.upper() for heading in headings], *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+        _answer("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextmanager
@@ -110,7 +148,7 @@ class JsonLines:
         self._begun = False
 
     def _emit(self, **event: Any) -> None:
-        print(json.dumps(event), file=sys.stderr, flush=True)
+        _aside(json.dumps(event))
 
     def stage(self, name: str, *, total: int | None = None, unit: Unit = "steps") -> None:
         self._done, self._unit, self._begun = 0, unit, True

@@ -452,11 +452,6 @@ def problem(capability: str, host: Host, errno: int | None, *, op: str | None = 
     return Problem(capability, f"{prefix}: {said[0]}", said[1]) if said else None
 
 
-def userns_problem(host: Host, errno: int | None) -> Problem | None:
-    """Why there are no user namespaces: `problem` of the one thing that devns cannot do without."""
-    return problem("userns", host, errno)
-
-
 def range_problem(host: Host) -> Problem | None:
     """Why newuidmap cannot map a range of ids; None where nothing stands in its way. The single map is left."""
     why = _why_no_range(host)

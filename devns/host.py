@@ -261,6 +261,28 @@ class Host:
         return _normal(f"{base}/devns") if base.startswith("/") else None
 
     @property
+    def own(self) -> tuple[str, ...]:
+        """Where devns keeps what no environment may see: the others, the records of trust, the user's templates."""
+        return tuple(sorted({self.realpath(path) for path in (self.store, self.state, self.config)}))
+
+    def private(self, path: str, real: str) -> str | None:
+        """Why `path`, which really is `real`, is lent to nobody, however trusted; None where it may be lent."""
+        for tree in ("/proc", "/sys", "/dev"):
+            # What /proc/self/root or /proc/1/fd leads to depends on who asks: not even the way may pass there.
+            if is_beneath(real, tree) or is_beneath(path, tree):
+                return f"{tree} of the host is not lent: the environment has its own"
+        if real == "/":
+            return "the whole host is not lent"
+        sessions = {"/run/user", *([self.realpath(self.runtime.rpartition("/")[0])] if self.runtime else [])}
+        if any(is_beneath(real, sockets) or is_beneath(sockets, real) for sockets in sessions):
+            return "the sockets of your session lie there"
+        if is_beneath(self.realpath(self.home), real):
+            return 'your home directory lies there: home = "host" in [mount] says so plainly'
+        if any(is_beneath(real, own) or is_beneath(own, real) for own in self.own):
+            return "devns keeps its environments, or what you trust, there"
+        return None
+
+    @property
     def kernel(self) -> tuple[int, int]:
         """The first two numbers of `release`, to be compared."""
         numbers = [int(part) for part in self.release.split(".") if part] + [0, 0]
@@ -438,6 +460,11 @@ def _is_safe(status: os.stat_result, owners: set[int], gid: int, *, sticky: bool
 def _is_name(name: str) -> bool:
     """Can this stand in a line of /etc/passwd and in a path?"""
     return bool(name) and not name.startswith(("-", ".")) and name.isprintable() and not set(name) & set(":/ ")
+
+
+def is_beneath(path: str, top: str) -> bool:
+    """Is the absolute `path` the directory `top`, or in it, as they are written?"""
+    return path == top or path.startswith(top.rstrip("/") + "/")
 
 
 def _normal(path: str) -> str:

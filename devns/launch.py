@@ -29,16 +29,18 @@ import os
 import signal
 import socket
 import sys
+import termios
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from devns import terminal
-from devns.child import FORWARDED, PACKET, Call, Errand, child, exit_status, guard, is_terminal, receive
+from devns.child import FORWARDED, PACKET, Call, Errand, child, guard, is_terminal, receive, wait_for
 from devns.errors import DevnsError, StepError, Unsupported
 
 Plan = dict[str, Any]
 Explain = Callable[[str, int, "str | None"], tuple[str, "str | None"]]
 
+_TAKEN = (*FORWARDED, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 _BUNDLED = ("devns_mount", "devns_network", "devns_cgroup")  # whose effects may run
 
 
@@ -61,6 +63,9 @@ class Running:
         self._trace = trace
         self._master: int | None = None
         self._relay: terminal.Relay | None = None
+        self._forwards = False
+        self._kills = True  # the child's end is everybody's
+        self._said = ""  # what a payload that is a function returned so far
 
     def wait(self, *, watch: MutableMapping[int, Callable[[], object]] | None = None, forward: bool = True) -> int:
         """Wait for the end; returns the exit status as a shell counts it: 0-255, 128+n on a signal.
@@ -69,17 +74,24 @@ class Running:
         to call when one is readable; a callback that sees an end removes its own. `forward` hands the caller's
         signals on, from the main thread only, for only there can Python take them.
         """
+        self._forwards = forward
         callbacks = {} if watch is None else watch
         callbacks[self._control.fileno()] = self._hear
         with _signals(forward) as wake:
             if wake >= 0:
                 callbacks[wake] = lambda: self._forward(wake)
             if self._master is None:
-                terminal.serve(None, callbacks)
+                with _kept_modes():
+                    terminal.serve(None, callbacks)
             else:
                 with terminal.Relay(self._master, stdin=0, stdout=1) as self._relay:
                     terminal.serve(self._relay, callbacks)
-        return self.collect()
+        status = self.collect()
+        if self._said:
+            answer = json.loads(self._said)
+            self._take(answer)
+            self.result = answer["value"]
+        return status
 
     def signal(self, number: int) -> None:
         """Send a signal to the payload."""
@@ -87,15 +99,19 @@ class Running:
             self._control.send(json.dumps({"signal": number}).encode())
 
     def end(self) -> None:
-        """End everything inside, at once. Harmless when it has ended; `wait` then returns 137."""
+        """End everything inside, at once. Harmless when it has ended; `wait` then returns 137, or 125 without a PID
+        namespace, where init ends what it can find."""
         if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
+            if self._kills:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
 
     def collect(self) -> int:
         """Wait for the child, and with it for all the kernel ends with the PID namespace."""
         if self.pid:
-            code = exit_status(os.waitpid(self.pid, 0)[1])
+            code = wait_for(self.pid)
             self.pid = 0
             if self.status is None:  # init ended without a word: the kernel's OOM killer, or somebody's SIGKILL
                 self.status = code
@@ -103,11 +119,14 @@ class Running:
 
     def go(self, own_terminal: bool) -> None:
         """Let the child go on; with an own terminal, until init has opened it."""
-        self._control.send(b'{"go": true}')
+        try:
+            self._control.send(b'{"go": true}')
+        except OSError:
+            raise _Gone from None
         while own_terminal and self._master is None:
             data, ancillary, _flags, _address = self._control.recvmsg(PACKET, socket.CMSG_SPACE(4))
             if not data:
-                raise BrokenPipeError
+                raise _Gone
             self._take(json.loads(data))
             if ancillary:
                 fds = array.array("i")
@@ -119,7 +138,7 @@ class Running:
         """The next message must be this one."""
         message = receive(self._control)
         if message is None:
-            raise BrokenPipeError
+            raise _Gone
         self._take(message)
         if key not in message:
             raise RuntimeError(f"expected {key}, got {message}")
@@ -142,7 +161,7 @@ class Running:
         if "step" in message:
             self._trace(message["step"])
         if "result" in message:
-            self.result = (self.result or "") + message["result"]
+            self._said += message["result"]
         if "stopped" in message:
             self._suspend()
         if "exit" in message:
@@ -150,6 +169,8 @@ class Running:
 
     def _forward(self, wake: int) -> bool:
         for number in os.read(wake, 64):
+            if number not in _TAKEN:
+                continue  # the caller's own: whatever has a handler in Python comes by here
             if number in (signal.SIGWINCH, signal.SIGCONT):
                 if self._relay is not None:
                     self._relay.resume() if number == signal.SIGCONT else self._relay.resize()
@@ -160,12 +181,19 @@ class Running:
         return False
 
     def _suspend(self) -> None:
-        """The payload was stopped: so does the parent stop, as the shell that started it expects; then both go on."""
+        """The payload was stopped. Under a shell the parent stops too, as that expects, and then both go on; a program
+        that only uses devns is never stopped by what it runs."""
         if self._relay is not None:
             self._relay.suspend()
-        else:
+        elif self._forwards and _has_terminal():
             os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            return
         self.signal(signal.SIGCONT)
+
+
+class _Gone(Exception):
+    """The child ended between two messages."""
 
 
 class _Failed(Exception):
@@ -178,6 +206,7 @@ def started(
     *,
     call: Call | None = None,
     stdio: Sequence[int] = (0, 1, 2),
+    keep: Sequence[int] = (),
     note: Callable[[str], None] = lambda text: None,
     explain: Explain | None = None,
     trace: Callable[[str], None] | None = None,
@@ -185,16 +214,18 @@ def started(
 ) -> Iterator[Running]:
     """Launch `plan` and hold it: on leaving the context what still runs inside ends, and outside steps are released.
 
-    `call` is run inside instead of the Plan's `argv`. `stdio` are the descriptors the payload gets as 0, 1 and 2; where
-    0 and 1 are the caller's terminal it gets one of its own instead. `trace` is told each step as it runs. Outside
-    steps are resolved only in the packages `effects`. Raises StepError naming the step that failed.
+    `call` is run inside instead of the Plan's `argv`, with the descriptors `keep` and no others open. `stdio` are the
+    descriptors the payload gets as 0, 1 and 2; where 0 and 1 are the caller's terminal it gets one of its own instead.
+    `trace` is told each step as it runs. Outside steps are resolved only in the packages `effects`. Raises StepError
+    naming the step that failed.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # or the fork would hold, and perhaps say, the same words once more
     tell_step = trace or (lambda text: None)
-    errand = Errand(plan, call, stdio, all(map(is_terminal, stdio[:2])), traced=trace is not None)
+    errand = Errand(plan, call, stdio, keep, all(map(is_terminal, stdio[:2])), traced=trace is not None)
     with contextlib.ExitStack() as held:
+        held.enter_context(_standard_streams())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         held.enter_context(ours)
         pid = os.fork()
@@ -203,6 +234,7 @@ def started(
             guard(theirs, lambda: child(errand, theirs))
         theirs.close()
         running = Running(pid, ours, lambda number: tell_step(_line(plan["inside"][number])))
+        running._kills = "pid" in plan["namespaces"]
         held.callback(running.collect)
         held.callback(running.end)
         try:
@@ -221,7 +253,8 @@ def started(
             yield running
         except _Failed as failure:
             raise _explained(failure.args[0], explain) from None
-        except BrokenPipeError:
+        except _Gone:
+            running.end()
             status = running.collect()
             raise StepError("launch", errno.EPIPE, None, f"the child ended early, with status {status}") from None
 
@@ -265,7 +298,7 @@ def _run_helper(argv: Sequence[str]) -> None:
         pid = os.posix_spawn(argv[0], list(argv), {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, file_actions=actions)
         os.close(mouth)
         words = os.read(ear, 1 << 12).decode(errors="replace").strip()
-        status = exit_status(os.waitpid(pid, 0)[1])
+        status = wait_for(pid)
     finally:
         os.close(ear)
     if status:
@@ -326,14 +359,51 @@ def _signals(forward: bool) -> Iterator[int]:
         if before is None:
             yield -1
             return
-        taken = (*FORWARDED, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
+        # What the caller ignores it goes on ignoring, as nohup(1) wants it.
+        taken = [number for number in _TAKEN if signal.getsignal(number) is not signal.SIG_IGN]
         handlers = {number: signal.signal(number, lambda number, frame: None) for number in taken}
         try:
             yield read
         finally:
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
             signal.set_wakeup_fd(before)
     finally:
         os.close(read)
         os.close(write)
+
+
+@contextlib.contextmanager
+def _standard_streams() -> Iterator[None]:
+    """0, 1 and 2 are open while this holds: what is opened next must not be taken for the payload's streams."""
+    opened = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            opened.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _kept_modes() -> Iterator[None]:
+    """The modes of the caller's terminal are as before afterwards, where the payload holds it as one of its streams."""
+    saved = {fd: termios.tcgetattr(fd) for fd in (0, 1, 2) if is_terminal(fd)}
+    try:
+        yield
+    finally:
+        for fd, modes in saved.items():
+            if terminal.in_foreground(fd):
+                with contextlib.suppress(termios.error):
+                    termios.tcsetattr(fd, termios.TCSANOW, modes)
+
+
+def _has_terminal() -> bool:
+    """Is there a controlling terminal, so that a shell may be waiting for us to stop?"""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

@@ -13,6 +13,7 @@ from devns import plugins, spaces, store, workflow
 from devns.host import Host
 from devns.launch import Plan, started
 from devns.progress import Progress, Silent
+from devns.spec import is_variable
 from devns.workflow import Bench, Options
 
 Value = TypeVar("Value")
@@ -60,16 +61,18 @@ class Environment:
 
     def run(
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | os.PathLike[str]],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         input: str | bytes | None = None,
         stdin: int | IO[Any] | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
         capture_output: bool = False,
         text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
         timeout: float | None = None,
         check: bool = False,
     ) -> subprocess.CompletedProcess[Any]:
@@ -78,12 +81,17 @@ class Environment:
         `env` adds to the environment's own variables. `returncode` is 128+n where signal n ended the command. A
         command that cannot be started raises StepError. `timeout` in seconds; then all that ran inside has ended.
         """
+        command = spaces.checked_command(argv)
+        if capture_output and (stdout is not None or stderr is not None):
+            raise ValueError("capture_output says what becomes of stdout and stderr: they cannot be said besides")
         if capture_output:
             stdout = stderr = subprocess.PIPE
-        options = Options(self._options.root, self._options.map, dict(env or {}), cwd)
+        options = Options(self._options.root, self._options.map, _checked_variables(env or {}), _checked_cwd(cwd))
         environment = workflow.prepare(self._spec, self._bench)
-        plan = workflow.plan(workflow.adjusted(self._spec, options), self._bench, argv, options)
-        with environment.lease(), _Pipes(input, stdin, stdout, stderr, text) as pipes:
+        plan = workflow.plan(workflow.adjusted(self._spec, options), self._bench, command, options)
+        text = text or encoding is not None or errors is not None or isinstance(input, str)
+        codec = (encoding or "utf-8", errors or "strict") if text else None
+        with environment.lease(), _Pipes(input, stdin, stdout, stderr, codec) as pipes:
             with started(plan, stdio=pipes.inside, **workflow.run_options(self._bench)) as running:
                 pipes.begin()
                 timer = _Timer(timeout, running.end)
@@ -91,10 +99,10 @@ class Environment:
                     status = running.wait(forward=False)
             out, err = pipes.finish()
         if timer.expired:
-            raise subprocess.TimeoutExpired(list(argv), timeout or 0, output=out, stderr=err)
+            raise subprocess.TimeoutExpired(command, timeout or 0, output=out, stderr=err)
         if check and status:
-            raise subprocess.CalledProcessError(status, list(argv), output=out, stderr=err)
-        return subprocess.CompletedProcess(list(argv), status, out, err)
+            raise subprocess.CalledProcessError(status, command, output=out, stderr=err)
+        return subprocess.CompletedProcess(command, status, out, err)
 
     def call(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
         """Run a Python function of this program inside and return its value; see `Namespaces.call` for what can travel.
@@ -104,11 +112,28 @@ class Environment:
         """
         environment = workflow.prepare(self._spec, self._bench)
         with environment.lease():
-            return spaces.run_call(self.plan(), function, args, kwargs, self._bench.host)
+            options = workflow.run_options(self._bench)
+            return spaces.run_call(self.plan(), function, args, kwargs, self._bench.host, **options)
 
     def remove(self) -> None:
         """Remove what was written in it, its home included. The layers stay for others."""
         store.Store.open(self._bench.host.store).remove(self.name)
+
+
+def _checked_variables(env: Mapping[Any, Any]) -> dict[str, str]:
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"env: names and values are strings, not {name!r}: {value!r}")
+        if not is_variable(name) or "\0" in value:
+            raise ValueError(f"env: cannot be a variable: {name!r}")
+    return dict(env)
+
+
+def _checked_cwd(cwd: str | os.PathLike[str] | None) -> str | None:
+    path = None if cwd is None else os.fspath(cwd)
+    if path is not None and (not path or "\0" in path):
+        raise ValueError(f"cwd: no path: {path!r}")
+    return path
 
 
 class _Timer:
@@ -142,18 +167,28 @@ class _Pipes:
         stdin: int | IO[Any] | None,
         stdout: int | IO[Any] | None,
         stderr: int | IO[Any] | None,
-        text: bool,
+        codec: tuple[str, str] | None,
     ) -> None:
-        self._input = input.encode() if isinstance(input, str) else input
+        if input is not None and stdin is not None:
+            raise ValueError("input is what stdin gets: both cannot be said")
+        if subprocess.STDOUT in (stdin, stdout):
+            raise ValueError("STDOUT is a value for stderr alone")
+        self._codec = codec  # encoding and errors; None for bytes
+        self._input = input.encode(*(codec or ())) if isinstance(input, str) else input
         self._asked = (subprocess.PIPE if input is not None else stdin, stdout, stderr)
-        self._text = text or isinstance(input, str)
         self._close_at_begin: list[int] = []
         self._threads: list[threading.Thread] = []
         self._ours: dict[int, int] = {}
         self._said: dict[int, bytes] = {}
 
     def __enter__(self) -> _Pipes:
-        self.inside = [self._open(number, asked) for number, asked in enumerate(self._asked)]
+        self.inside: list[int] = []
+        try:
+            for number, asked in enumerate(self._asked):
+                self.inside.append(self._open(number, asked))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def _open(self, number: int, asked: int | IO[Any] | None) -> int:
@@ -162,17 +197,14 @@ class _Pipes:
         if asked == subprocess.DEVNULL:
             fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         elif asked == subprocess.STDOUT:
-            return self.inside_stdout
+            return self.inside[1]
         elif asked == subprocess.PIPE:
             read, write = os.pipe2(os.O_CLOEXEC)
             fd, self._ours[number] = (read, write) if number == 0 else (write, read)
         else:
             return asked if isinstance(asked, int) else asked.fileno()
         self._close_at_begin.append(fd)
-        self.inside_stdout = fd
         return fd
-
-    inside_stdout = 1
 
     def begin(self) -> None:
         """The payload has its ends: close them here, and start to feed and to drain. After the fork, never before."""
@@ -201,9 +233,12 @@ class _Pipes:
             thread.join()
         self._ours.clear()
         out, err = self._said.get(1), self._said.get(2)
-        if self._text:
-            return (None if out is None else out.decode()), (None if err is None else err.decode())
-        return out, err
+        return self._read(out), self._read(err)
+
+    def _read(self, said: bytes | None) -> Any:
+        if said is None or self._codec is None:
+            return said
+        return said.decode(*self._codec).replace("\r\n", "\n").replace("\r", "\n")
 
     def __exit__(self, *reason: object) -> None:
         for fd in self._close_at_begin:

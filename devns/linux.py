@@ -163,7 +163,6 @@ def mount_id(fd: int) -> int:
 
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 _SYMLINKS_MAX = 40  # MAXSYMLINKS, path_resolution(7)
 
@@ -248,16 +247,6 @@ syncfs = _function("syncfs", c_int)
 
 def renameat2(old_dir: int, old: str | bytes, new_dir: int, new: str | bytes, flags: int = 0) -> None:
     _renameat2(old_dir, _encode(old), new_dir, _encode(new), flags)
-
-
-_fstatfs = _function("fstatfs", c_int, c_void_p)
-
-
-def fs_magic(fd: int) -> int:
-    """The type of the file system behind `fd`, one of the magic numbers of <linux/magic.h>. statfs(2)"""
-    answer = (c_ulong * 32)()  # f_type is the first word; struct statfs is smaller than this everywhere
-    _fstatfs(fd, ctypes.byref(answer))
-    return int(answer[0])
 
 
 # --- processes: <linux/prctl.h>, prctl(2), capabilities(7) ------------------------------------------------------------
@@ -366,6 +355,24 @@ def landlock_scope(scopes: int) -> None:
 
 
 _close_range = _syscall(436, c_uint, c_uint, c_uint)
+
+
+def close_all_but(keep: Sequence[int]) -> None:
+    """Close every descriptor that is not in `keep`, whatever the limit of descriptors is. close_range(2), Linux 5.9"""
+    low = 0
+    try:
+        for fd in sorted(set(keep)):
+            if fd > low:
+                _close_range(low, fd - 1, 0)
+            low = fd + 1
+        _close_range(low, 0xFFFFFFFF, 0)
+    except OSError:
+        for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+            if fd not in keep:
+                try:
+                    os.close(fd)
+                except OSError:
+                    continue  # the descriptor of the listing itself is gone already
 
 
 def close_on_exec_from(first: int) -> None:

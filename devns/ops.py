@@ -161,11 +161,7 @@ def open_bind(step: Step) -> Opened:
     try:
         if not step.get("canonical"):
             return [linux.clone_tree(step["src"], recursive=step["recursive"])]
-        root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            source = linux.resolve_in(root_fd, step["src"], symlinks=False)
-        finally:
-            os.close(root_fd)
+        source = _open_canonical(step["src"])
     except FileNotFoundError:
         if step.get("optional"):
             return []
@@ -197,12 +193,14 @@ def overlay(
     work: str | None,
     readonly: bool = False,
     volatile: bool = False,
+    canonical: bool = False,
     default: bool = False,
 ) -> Step:
     """The directories `lower` (topmost first) merged at `dst`; writes go to `upper`, or with None to a tmpfs that ends
     with the environment. `work` is an empty directory on the file system of `upper`; both are made where they are
-    missing. `volatile` syncs nothing."""
-    extra = {key: True for key, said in (("readonly", readonly), ("volatile", volatile)) if said}
+    missing. `volatile` syncs nothing. `canonical`: as with bind, for `lower`."""
+    flags = {"readonly": readonly, "volatile": volatile, "canonical": canonical}
+    extra = {key: True for key, said in flags.items() if said}
     return _step("overlay", dst=dst, lower=list(lower), upper=upper, work=work, default=default, **extra)
 
 
@@ -210,8 +208,23 @@ def open_overlay(step: Step) -> Opened:
     for path in (step["upper"], step["work"]) if step["upper"] else ():
         with suppress(FileExistsError):
             os.mkdir(path, 0o755)
-    names = [*step["lower"], *([step["upper"], step["work"]] if step["upper"] else [])]
-    return [os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for name in names]
+    own = [step["upper"], step["work"]] if step["upper"] else []
+    return [
+        *(_open_canonical(path) if step.get("canonical") else _open_directory(path) for path in step["lower"]),
+        *map(_open_directory, own),
+    ]
+
+
+def _open_directory(path: str) -> int:
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _open_canonical(path: str) -> int:
+    root_fd = _open_directory("/")
+    try:
+        return linux.resolve_in(root_fd, path, symlinks=False)
+    finally:
+        os.close(root_fd)
 
 
 def apply_overlay(step: Step, root: NewRoot, opened: Opened) -> None:
@@ -329,9 +342,9 @@ def apply_proc(step: Step, root: NewRoot, opened: Opened) -> None:
     os.close(mount_fd)
 
 
-def mask(dst: str) -> Step:
+def mask(dst: str, *, default: bool = False) -> Step:
     """Nothing to be seen at `dst`: an empty directory, or an empty file, that cannot be written. Absent is fine."""
-    return _step("mask", dst=dst)
+    return _step("mask", dst=dst, default=default)
 
 
 def apply_mask(step: Step, root: NewRoot, opened: Opened) -> None:

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devns.errors import DevnsError
@@ -39,7 +39,8 @@ ENV = {
     "DEVNS": "build",
     "DEBIAN_FRONTEND": "noninteractive",
 }
-_LINE_MAX = 1 << 16  # bytes without an end of line that are kept in wait for one
+_LINE_MAX = 8 << 10  # of a longer line the rest is not told, and what waits for its end is no more than this
+_SAID_MAX = 500  # characters of each line that an error repeats
 _POINTS = ("/dev", "/proc", "/run", "/sys", "/tmp")
 
 
@@ -49,12 +50,16 @@ class Ended(DevnsError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is made: `root` becomes its tree. What stands on others has them as `lower`, topmost first, and
-    `scratch`, an empty directory on the file system of `root` that is gone afterwards."""
+    """Where a layer is made: `root` becomes its tree. What stands on others has them as `lower`, topmost first, the
+    record of the first of these, and `scratch`, a directory on the file system of `root` that is gone afterwards. Who
+    may use the host's network is lent these mounts and variables for it."""
 
     root: str
     lower: Sequence[str] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
     scratch: str = ""
+    lent: Sequence[Step] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def sealed_plan(
@@ -99,17 +104,21 @@ def sealed_plan(
 
 
 @contextmanager
-def stacked(place: Place, host: Host, points: Mapping[str, bool] = {}) -> Iterator[list[Step]]:
-    """The steps that make `/` of the layers beneath, what is written going to `place.root`; /proc, /dev and empty /tmp
-    and /run. `points` are more places that will be mounted on: True for a directory, False for a file.
+def stacked(place: Place, host: Host, mounts: Sequence[Step] = ()) -> Iterator[list[Step]]:
+    """The steps that make `/` of the layers beneath, what is written going to `place.root`; /proc, /dev, empty /tmp and
+    /run, what is lent, and `mounts`, parents first.
     """
+    mounts = [*place.lent, *mounts]
     # Mount points that a layer lacks would be made in the new one and stay in it. So they lie beneath all layers.
     beneath, work = f"{place.scratch}/points", f"{place.scratch}/work"
     with _umask():
-        for path, is_directory in {**dict.fromkeys(_POINTS, True), **points}.items():
-            made = f"{beneath}{path}"
-            os.makedirs(made if is_directory else os.path.dirname(made), exist_ok=True)
-            if not is_directory and not os.path.lexists(made):
+        for path in _POINTS:
+            os.makedirs(f"{beneath}{path}")
+        for step in mounts:
+            made = f"{beneath}{step['dst']}"
+            is_file = step["op"] == "file" or (step["op"] == "bind" and not os.path.isdir(step["src"]))
+            os.makedirs(os.path.dirname(made) if is_file else made, exist_ok=True)
+            if is_file and not os.path.lexists(made):
                 os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
     try:
         yield [
@@ -118,8 +127,10 @@ def stacked(place: Place, host: Host, points: Mapping[str, bool] = {}) -> Iterat
             dev(),
             tmpfs("/tmp", mode=0o1777),
             tmpfs("/run"),
+            *mounts,
         ]
     finally:
+        delete_tree(beneath)
         delete(work, host)  # overlayfs refuses one that was used as volatile before
 
 
@@ -166,8 +177,8 @@ def run_sealed(
         if len(rest) > _LINE_MAX:
             whole, rest = [*whole, rest], b""
         for raw in [*whole, *([rest] if final and rest else [])]:
-            text = raw.decode(errors="replace").rstrip().rpartition("\r")[2]  # what a terminal would show of it
-            last.append(text)
+            text = raw.decode(errors="replace").rstrip().rpartition("\r")[2][:_LINE_MAX]  # as a terminal shows it
+            last.append(text[:_SAID_MAX])
             line(text)
         return False
 
@@ -179,7 +190,7 @@ def run_sealed(
         with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), explain=explain) as running:
             os.close(mouth)
             mouth = -1
-            status = running.wait(watch=watch)
+            status = running.wait(watch=watch, forward=False)
             hear(final=True)
     finally:
         for fd in (null, ear, *([mouth] if mouth >= 0 else [])):

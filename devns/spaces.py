@@ -9,6 +9,7 @@ import ast
 import builtins
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from devns import linux, workflow
@@ -48,9 +49,9 @@ class Namespaces:
         """
         return run_call(self._plan, function, args, kwargs, self._host)
 
-    def run(self, argv: Sequence[str]) -> int:
+    def run(self, argv: Sequence[str | os.PathLike[str]]) -> int:
         """Run a command in them, with this process' own standard streams; its exit status, 128+n on a signal."""
-        plan = self._plan | {"argv": list(argv)}
+        plan = self._plan | {"argv": checked_command(argv)}
         return launch(plan, explain=workflow.explain(self._host))
 
 
@@ -108,36 +109,83 @@ def namespaces(
     return Namespaces(plan, host)
 
 
+def checked_command(argv: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The words of a command, as a list. TypeError and ValueError for what can be none, as subprocess.run has it."""
+    if isinstance(argv, (str, bytes)):
+        raise TypeError(f"argv: a list of strings, not {argv!r}: no shell is put in between")
+    words = [os.fspath(word) for word in argv]
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError(f"argv: strings, not {word!r}")
+        if "\0" in word:
+            raise ValueError(f"argv: a NUL in {word!r}")
+    if not words:
+        raise ValueError("argv: no command")
+    return words
+
+
 def run_call(
-    plan: Plan, function: Callable[..., Value], args: Sequence[Any], kwargs: Mapping[str, Any], host: Host
+    plan: Plan,
+    function: Callable[..., Value],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    host: Host,
+    **options: Any,
 ) -> Value:
-    """Launch `plan` with `function` for its payload."""
+    """Launch `plan` with `function` for its payload; `options` are those of `launch.started`."""
 
     def call() -> str:
         try:
-            return repr(("value", _literal(function(*args, **kwargs))))
+            return _literal("value", function(*args, **kwargs))
         except BaseException as error:  # it travels to the caller, whatever it is
-            arguments = error.args if _is_literal(error.args) else (str(error),)
-            return repr(("raised", type(error).__name__, arguments, str(error)))
+            name = type(error).__name__
+            kind = "built-in" if getattr(builtins, name, None) is type(error) else "other"
+            try:
+                return _literal(kind, (name, _arguments(error), str(error)))
+            except TypeError:
+                return _literal(kind, (name, (str(error),), str(error)))
 
-    with started(plan, call=call, explain=workflow.explain(host)) as running:
+    with started(plan, call=call, **{"explain": workflow.explain(host), **options}) as running:
         status = running.wait()
+    name = getattr(function, "__name__", function)
     if running.result is None or status:
-        raise CallError(f"{getattr(function, '__name__', function)}: ended inside with status {status}")
-    kind, *rest = ast.literal_eval(running.result)
-    if kind == "value":
-        return rest[0]  # type: ignore[no-any-return]  # what the function returned, literally
-    name, arguments, text = rest
+        raise CallError(f"{name}: ended inside with status {status}")
+    try:
+        kind, value = ast.literal_eval(running.result)
+        if kind == "value":
+            return value  # type: ignore[no-any-return]  # what the function returned, literally
+        raised, arguments, text = value
+    except _UNREADABLE:
+        raise CallError(f"{name}: what came back is no value") from None
+    raise _raised(raised, arguments, text) if kind == "built-in" else CallError(f"{raised}: {text}")
+
+
+_UNREADABLE = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)  # what ast.literal_eval raises
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    if isinstance(error, OSError) and error.filename is not None and len(error.args) == 2:
+        return (*error.args, error.filename, *([None, error.filename2] if error.filename2 is not None else []))
+    return error.args
+
+
+def _raised(name: str, arguments: Sequence[Any], text: str) -> Exception:
+    """The built-in exception again, or the text of it where it is none that can be made of these."""
     known = getattr(builtins, name, None)
     if isinstance(known, type) and issubclass(known, Exception):
-        raise known(*arguments)
-    raise CallError(f"{name}: {text}")
+        with suppress(Exception):
+            return known(*arguments)
+    return CallError(f"{name}: {text}")
 
 
-def _literal(value: Any) -> Any:
-    if not _is_literal(value):
-        raise TypeError(f"{type(value).__name__} is not a literal: only plain values come back from inside")
-    return value
+def _literal(kind: str, value: Any) -> str:
+    """`value` as text that the parent will read as the same value; TypeError where there is no such text."""
+    with suppress(*_UNREADABLE):  # infinite, or too deep: the text of it is none that can be read
+        if _is_literal(value):
+            text = ascii((kind, value))
+            ast.literal_eval(text)
+            return text
+    raise TypeError(f"{type(value).__name__} is not a literal: only plain values come back from inside")
 
 
 def _is_literal(value: Any) -> bool:
@@ -145,6 +193,4 @@ def _is_literal(value: Any) -> bool:
         return all(map(_is_literal, value))
     if type(value) is dict:
         return all(_is_literal(key) and _is_literal(item) for key, item in value.items())
-    if type(value) is float:
-        return value == value and abs(value) != float("inf")
-    return value is None or type(value) in (bool, int, complex, str, bytes)
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)

@@ -284,8 +284,13 @@ def _check_env(env: Env, at: At) -> None:
         _check_variable(name, at.child("pass").item(i))
 
 
+def is_variable(name: str) -> bool:
+    """Can this be the name of a variable that a shell knows, too?"""
+    return _VARIABLE.fullmatch(name) is not None
+
+
 def _check_variable(name: str, at: At) -> None:
-    if not _VARIABLE.fullmatch(name):
+    if not is_variable(name):
         raise at.error(f"no name of a variable: {show(name)}")
 
 

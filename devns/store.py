@@ -221,7 +221,7 @@ class Store:
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
-        """A place to make a layer in. What is not committed at the end is deleted. Nobody clears the cache meanwhile."""
+        """A place to make a layer in. What is not committed at the end is deleted. The cache is not cleared meanwhile."""
         with self.lock("cache", shared=True), self._scratch() as path:
             staging = Staging(path)
             with _telling(path):

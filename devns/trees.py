@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from devns import sealed
+from devns import manifest, sealed
 from devns.errors import DevnsError
 from devns.ops import bind, tmpfs
-from devns.store import ForeignFiles, delete_tree
+from devns.store import ForeignFiles
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -49,7 +49,7 @@ def run(
             said = os.strerror(error.errno or 0).lower()
             raise DevnsError(f"{_outside(error.filename, places)}: {said}") from None
 
-    return json.loads(sealed.run_sealed(plan, call=call) or "null")
+    return json.loads(sealed.run_sealed(plan, call=call, what="the walk through the store") or "null")
 
 
 def widest(host: Host) -> str:
@@ -79,16 +79,20 @@ def finishing(host: Host) -> Iterator[None]:
     try:
         yield
     except ForeignFiles as left:
-        delete(host, left.path)
+        sealed.delete(left.path, host)
 
 
-def delete(host: Host, path: str) -> None:
-    """Delete a tree that is in the trash, whoever owns what is in it."""
-    try:
-        delete_tree(path)
-    except ForeignFiles:
-        trash, name = os.path.split(path)
-        run(host, lambda: delete_tree(f"/trash/{name}"), write={"/trash": trash}, map="range")
+# --- recording --------------------------------------------------------------------------------------------------------
+
+
+def record(host: Host, directory: str, map: str) -> dict[str, Any]:
+    """Write the manifest of `directory`/root beside it: what a layer's record keeps of it. See devns.manifest."""
+    owner = (host.uid, host.gid) if map == "range" else None  # who stay themselves inside
+    write = {"/layer": directory}
+    found = run(
+        host, lambda: manifest.write("/layer/root", f"/layer/{manifest.FILE}", owner=owner), write=write, map=map
+    )
+    return {"manifest": found}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

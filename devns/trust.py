@@ -1,9 +1,10 @@
 """Trust: which project files may act. Whoever clones a repository has not agreed to what its `.devns.toml` asks for.
 
 Without trust a project may choose a template that is installed already, packages, and literal variables for what runs
-inside. Anything else waits for `devns trust`, which writes one record: the hash of the file's place and of every byte
-that the user saw. Another byte, another place, or another included file asks again. Nothing else gives trust: no key of
-a template (there is none to give it), no environment variable, no answer from a pipe, no trusted directory above.
+inside, but none that tells a program what to run, to load or to talk to. Anything else waits for `devns trust`, which
+writes one record: the hash of the file's place and of every byte that the user saw. Another byte, another place, or
+another included file asks again. Nothing else gives trust: no key of a template (there is none to give it), no
+environment variable, no answer from a pipe, no trusted directory above.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from devns.decode import escape, join, show
@@ -33,6 +35,19 @@ _VALUE_MAX = 60  # characters of each
 
 # What needs no trust. Everything beneath a path of two is meant with it.
 _HARMLESS = (("description",), ("root", "packages"), ("env", "set"))
+
+# Variables that make a usual program run or load something, read its configuration elsewhere, or talk to somebody else:
+# of the loader and libc, shells, interpreters and their package managers, what starts an editor, a pager or a helper,
+# and the network. A shell in a cloned project obeys them before its user has typed a word. Case does not count.
+_HOOKS = """
+    LD_* GLIBC_* GCONV_PATH LOCPATH NLSPATH HOSTALIASES LOCALDOMAIN RES_OPTIONS TERMCAP TERMINFO*
+    PATH HOME SHELL ENV BASH* SHELLOPTS PROMPT* PS[0-4] IFS CDPATH FPATH ZDOTDIR INPUTRC HIST* MAIL* TMPDIR XDG_* DEVNS*
+    PYTHON* PIP_* PIPX_* UV_* POETRY_* PERL* RUBY* GEM_* BUNDLE_* NODE_* NPM_* YARN_* PNPM_* DENO_* PHP* LUA_* R_*
+    JAVA_* JDK_* _JAVA_* CLASSPATH MAVEN_* GRADLE_* DOTNET_* GO GO[A-Z]* CARGO_* RUST* JULIA_*
+    EDITOR *_EDITOR FCEDIT VISUAL *PAGER BROWSER LESS* MAN* VIM* EXINIT EMACS* PSQLRC *_ASKPASS *_COMMAND *_WRAPPER
+    GIT_* SSH_* SUDO_* GPG* GNUPG* DOCKER_* APT_* DPKG_* MAKE* GNUMAKE* CMAKE_* CC CXX LD PKG_CONFIG* *FLAGS *_OPTIONS
+    *_PROXY SSL_* OPENSSL_* CURL_* WGET* REQUESTS_* *_CA_BUNDLE KRB5* DBUS_* DISPLAY WAYLAND_*
+""".split()
 
 # How dangerous a table is, most dangerous first: what reaches the host before what only narrows. A table not named here
 # is a plugin's from elsewhere, and comes before all of them.
@@ -156,6 +171,8 @@ def _leaves(path: _Path, value: Any) -> Iterator[tuple[_Path, Any]]:
 
 
 def _is_harmless(path: _Path, value: Any) -> bool:
+    if path[:2] == ("env", "set") and len(path) > 2 and any(fnmatchcase(path[2].upper(), hook) for hook in _HOOKS):
+        return False
     return any(path[: len(harmless)] == harmless for harmless in _HARMLESS) or (
         value == {} and any(harmless[: len(path)] == path for harmless in _HARMLESS)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +67,7 @@ def adjusted(spec: Spec, options: Options) -> Spec:
 def plan(spec: Spec, bench: Bench, argv: Sequence[str], options: Options = Options()) -> Plan:
     """The one document that launch runs; nothing is made, fetched or started for it."""
     made = make_plan(spec, bench.host, bench.hooks.steps(spec, bench.host), argv)
-    return made | ({"cwd": options.cwd} if options.cwd else {})
+    return made | ({"cwd": posixpath.join(made["cwd"], options.cwd)} if options.cwd else {})
 
 
 def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Environment:

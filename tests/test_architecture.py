@@ -81,8 +81,8 @@ class Room(NamedTuple):
 
 ROOMS = (
     # --- the doors
-    Room("devns", ours="", others="importlib typing"),
-    Room("devns.__main__", ours="devns.cli devns.fast", never="pluggy tomli dataclasses"),
+    Room("devns", ours="", others="importlib"),
+    Room("devns.__main__", ours="devns.cli devns.fast", others="os sys"),
     Room("devns.api", ours="", others="importlib typing"),
     Room("devns.cli", never="ctypes subprocess socket devns.linux devns.ops devns.launch devns.child devns.store"),
     Room("devns.console", ours="devns.decode devns.errors devns.progress"),
@@ -117,6 +117,7 @@ ROOMS = (
     Room("devns.store", ours="devns.errors devns.durable devns.trash", never=_SLOW),
     Room("devns.durable", ours="devns.errors devns.linux", never=_SLOW),
     Room("devns.trash", ours="devns.errors devns.linux", never=_SLOW),
+    Room("devns.manifest", ours="devns.errors", never="ctypes subprocess socket"),
     Room("devns.changes", ours="", never="ctypes subprocess socket"),
     Room("devns.trees", never="ctypes subprocess socket devns.linux devns.workflow"),
     Room("devns.build", never="ctypes devns.linux devns.workflow"),

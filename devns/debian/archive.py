@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SUITES = ("bookworm", "trixie")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"  # of the package debian-archive-keyring, which apt needs
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_ARCHITECTURES = ("amd64", "arm64")
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,6 @@ class Selection:
     def size(self) -> int:
         """Bytes to download if nothing is in the cache."""
         return sum(package.size for package in self.packages)
-
-
-def architecture_of(machine: str) -> str:
-    """Debian's name for what uname(1) calls `machine`."""
-    if machine not in _ARCHITECTURES:
-        raise Unsupported(
-            f"debian: no packages for a {machine} machine are known here",
-            hint=f"there are for {', '.join(_ARCHITECTURES)}; elsewhere from = 'tar:PATH'",
-        )
-    return _ARCHITECTURES[machine]
 
 
 def select(
@@ -83,8 +73,8 @@ def select(
         raise TemplateError(
             f"root.from: debian:{suite}: not a suite that devns knows", hint=f"try {' or '.join(SUITES)}"
         )
-    if architecture not in _ARCHITECTURES.values():
-        raise Unsupported(f"debian: {architecture}: devns builds {' and '.join(_ARCHITECTURES.values())} only")
+    if architecture not in _ARCHITECTURES:
+        raise Unsupported(f"debian: {architecture}: devns builds {' and '.join(_ARCHITECTURES)} only")
     for name in packages:
         if not index.is_name(name):
             raise TemplateError(f"packages: {name!r}: not the name of a package", hint="letters, digits and + - . only")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from typing import TYPE_CHECKING, Any, Protocol
 
 from devns.errors import TemplateError
+from devns.host import is_beneath
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -32,6 +35,29 @@ class Source(Protocol):
 
         A recipe with a "parent" stands on the layer of that key: the layers beneath are `place.lower`.
         """
+
+
+def key(recipe: Recipe) -> str:
+    """A layer's name in the store: its label, and the hash of all that makes it."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return f"{recipe['label']}-{digest[:32]}"
+
+
+def place(spec: Spec, host: Host) -> str:
+    """Where the PATH of a "dir:PATH" or "tar:PATH" really lies, with no symbolic link left in it.
+
+    Raises TemplateError for what is lent to no environment, and for a link that leads a project's path out of it.
+    """
+    path = spec.root.source.partition(":")[2]
+    real = host.realpath(path)
+    error = f"{spec.template}: root.from: {path}"
+    if spec.project and is_beneath(path, spec.project) and not is_beneath(real, host.realpath(spec.project)):
+        raise TemplateError(f"{error}: leads out of the project, to {real}")
+    templates = host.realpath(f"{host.config}/templates")
+    refused = None if is_beneath(real, templates) and real != templates else host.private(path, real)
+    if refused:
+        raise TemplateError(f"{error}: {refused}")
+    return real
 
 
 def find(source: str) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from devns import sources
 from devns.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
 
 
 def directories(spec: Spec, host: Host) -> list[str]:
-    path = spec.root.source.removeprefix("dir:")
+    path = sources.place(spec, host)
     if host.kind(path) != "directory":
         raise TemplateError(f"{spec.template}: root.from: {path}: no such directory")
     return [path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from devns import sealed, unpack
+from devns import sealed, sources, unpack
 from devns.errors import TemplateError
 from devns.ops import bind, tmpfs
 
@@ -20,7 +20,7 @@ RECIPE = 1  # raised when the same tarball would give another tree
 
 def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     """The file is known by its place, size and times: it is not read to find that it did not change."""
-    path = spec.root.source.removeprefix("tar:")
+    path = sources.place(spec, host)
     if spec.root.packages:
         raise TemplateError(
             f"{spec.template}: root.packages: a tar: root is used as it stands, nothing is installed in it"

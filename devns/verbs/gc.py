@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from devns import trees
+from devns import sealed, trees
 from devns.errors import DevnsError
 from devns.store import InUse, Store
 from devns.workflow import Bench
@@ -35,7 +35,7 @@ def gc(bench: Bench, *, cache: bool = False, dry_run: bool = False) -> list[dict
             rows.append({"kind": kind, "name": name, "files": None, "bytes": sizes[path]})
     if not dry_run:
         for path in store.collect():
-            trees.delete(bench.host, path)
+            sealed.delete(path, bench.host)
     return rows + (_clean(store, layers, dry_run) if cache and os.path.isdir(store.cache) else [])
 
 

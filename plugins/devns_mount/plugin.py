@@ -152,7 +152,7 @@ def _home_inside(table: MountTable, spec: Spec, host: Host) -> str:
 def _hide_own(src: str, dst: str, host: Host) -> Iterator[Step]:
     """What devns keeps beneath a directory that is lent as a whole (a store in the project, say) is not lent with it:
     it holds the other environments, and what the user trusts."""
-    for own in _own_directories(host):
+    for own in host.own:
         if _is_beneath(own, src) and own != src:
             yield mask(dst + own[len(src) :])
 
@@ -160,7 +160,7 @@ def _hide_own(src: str, dst: str, host: Host) -> Iterator[Step]:
 def _overlay(dst: str, lower: str, place: str | None, spec: Spec, host: Host) -> Step:
     keep = f"{_place(spec, host)}/{place}" if place else None
     upper, work = (f"{keep}-upper", f"{keep}-work") if keep else (None, None)
-    return overlay(dst, lower=[lower], upper=upper, work=work)
+    return overlay(dst, lower=[lower], upper=upper, work=work, canonical=True)
 
 
 def _place(spec: Spec, host: Host) -> str:
@@ -193,7 +193,7 @@ def _source(path: str, key: str, spec: Spec, host: Host, *, optional: bool = Fal
         # A repository must not reach the rest of the host by a link, or a "..", that looks like a path of its own.
         if not _is_beneath(real, host.realpath(spec.project)):
             raise _error(spec, key, f"{path}: leads out of the project, to {real}")
-    refused = _refusal(path, real, host)
+    refused = host.private(path, real)
     if refused:
         raise _error(spec, key, f"{path}: {refused}")
     kind = host.kind(real)
@@ -202,28 +202,6 @@ def _source(path: str, key: str, spec: Spec, host: Host, *, optional: bool = Fal
     if kind == "other":
         raise _error(spec, key, f"{path}: neither a file nor a directory: devices and sockets are not lent")
     return real
-
-
-def _refusal(path: str, real: str, host: Host) -> str | None:
-    """Why the host's `real` is not lent, however trusted the template is."""
-    for tree in _KERNEL:
-        # What /proc/self/root or /proc/1/fd leads to depends on who asks: not even the way may pass there.
-        if _is_beneath(real, tree) or _is_beneath(path, tree):
-            return f"{tree} of the host is not lent: the environment has its own"
-    if real == "/":
-        return "the whole host is not lent"
-    sessions = {"/run/user", *([host.realpath(host.runtime.rpartition("/")[0])] if host.runtime else [])}
-    if any(_is_beneath(real, sockets) or _is_beneath(sockets, real) for sockets in sessions):
-        return "the sockets of your session lie there"
-    if _is_beneath(host.realpath(host.home), real):
-        return 'your home directory lies there: home = "host" in [mount] says so plainly'
-    if any(_is_beneath(real, own) or _is_beneath(own, real) for own in _own_directories(host)):
-        return "devns keeps its environments, or what you trust, there"
-    return None
-
-
-def _own_directories(host: Host) -> list[str]:
-    return sorted({host.realpath(path) for path in (host.store, host.state, host.config)})
 
 
 # --- destinations: paths inside ---------------------------------------------------------------------------------------

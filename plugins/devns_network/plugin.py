@@ -23,6 +23,7 @@ from devns_network import lent
 from devns_network.ports import check_allowed, parse_port, parse_published
 
 _TUN = "/dev/net/tun"
+_SCOPES_SINCE = (6, 12)  # Landlock's scopes, which launch uses: landlock(7)
 _ENGINES = ("pasta", "slirp4netns")  # the better one first
 _DNS = {"pasta": "169.254.1.1", "slirp4netns": "10.0.2.3"}  # where each answers for the host's resolver
 # Directories of sysfs that are made to be mounted on: they hide nothing when they are. fs/sysfs/mount.c
@@ -80,6 +81,14 @@ def devns_check(spec: Spec, host: Host) -> Iterable[Problem]:
     table = spec.table(NetworkTable)
     if table.mode == "user":
         yield from _user_problems(table, host)
+    if table.mode == "host" and host.kernel < _SCOPES_SINCE:
+        yield Problem(
+            "abstract-sockets",
+            f"with the host's network the host's abstract sockets can be reached: Linux {host.release} cannot keep "
+            "them away, 6.12 is the first",
+            'set mode = "none" or "user" in [network]',
+            fatal=False,
+        )
     if table.mode != "none":
         if table.certificates == "host" and lent.find_bundle(host) is None:
             yield Problem(

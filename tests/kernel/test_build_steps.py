@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from devns.build import LAYERS_MAX
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROGRAMS = "sh cat chmod chown echo env id ln ls mkdir mv pwd readlink rm rmdir sleep stat touch wc"
-
-Build = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +65,7 @@ class Project:
         (self.path / ".devns.toml").write_text(text)
         assert self.devns("trust").returncode == 0
 
-    def devns(self, *arguments: str, env: Any = {}, **options: Any) -> subprocess.CompletedProcess[str]:
+    def devns(self, *arguments: str, env: Mapping[str, str] = {}, **options: Any) -> subprocess.CompletedProcess[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "DEVNS"))}
         kept |= {"HOME": str(self.home), "DEVNS_STORE": str(self.store), **env}
         kept |= {"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'plugins'}"}

@@ -17,6 +17,7 @@ from devns.debian import archive, index, mirrors, resolve, version
 from devns.debian.errors import MirrorError
 from devns.errors import TemplateError, Unsupported
 from devns.host import Host
+from devns.sources.debian import ARCHITECTURES
 
 SEED = 20250809
 REQUESTS = 40  # for each suite
@@ -39,7 +40,7 @@ class Real:
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     host, cache = Host.probe(), tmp_path_factory.mktemp("cache")
     try:
-        architecture = archive.architecture_of(host.machine)
+        architecture = ARCHITECTURES[host.machine]
         selection = archive.select(request.param, [], architecture=architecture, host=host, cache=str(cache))
     except MirrorError as error:
         pytest.skip(f"needs a Debian mirror that can be reached: {error}")

@@ -94,7 +94,7 @@ def test_ctrl_z_is_job_control_of_the_shell_inside(shell: Any) -> None:
     shell.expect("Stopped")
     shell.expect(PROMPT)
     assert "Stopped" in ask(shell, "jobs")
-    shell.sendline("kill -9 %1; wait; jobs")
+    shell.sendline("kill -9 %1; sleep 0.3; jobs")
     shell.expect("Killed")
     assert end(shell) == 0
 

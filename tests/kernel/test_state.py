@@ -189,7 +189,7 @@ def test_reset_empties_a_home_that_root_inside_gave_away(devns: Devns, require: 
     assert devns("run", "--root", "--map", "range", "host", "--", "ls", "-A", "/root").stdout == ""
 
 
-@pytest.mark.parametrize("verb", ["reset", "diff"])
+@pytest.mark.parametrize("verb", ["reset", "diff", "verify"])
 def test_what_was_never_made_is_one_sentence(devns: Devns, verb: str) -> None:
     assert one_sentence(devns(verb, "host")) == "host: no such environment"
 
@@ -369,3 +369,151 @@ def test_gc_takes_what_other_ids_own(devns: Devns, tiny: Callable[..., str], req
 def test_gc_of_no_store_makes_none(devns: Devns, store: Path) -> None:
     assert answer(devns("gc", "--cache", "--json")) == []
     assert not store.exists()
+
+
+# --- du ---------------------------------------------------------------------------------------------------------------
+
+
+def test_du_tells_own_and_shared_bytes_and_who_shares(devns: Devns, tiny: Callable[..., str], store: Path) -> None:
+    tiny()
+    (store.parent / "home/.config/devns/templates/second.toml").write_text('extends = "tiny"\n')
+    devns("build", "tiny")
+    devns(
+        "run",
+        "second",
+        "--",
+        "sh",
+        "-c",
+        "truncate -s 1G /srv/hole; cat /bin/sh > /srv/a; ln /srv/a /srv/b; echo > ~/x",
+    )
+    found = answer(devns("du", "--json"))
+    (layer,) = found["layers"]
+    assert layer["users"] == ["second", "tiny"]
+    first, second = sorted(found["environments"], key=lambda row: str(row["name"]), reverse=True)
+    assert first["shared"] == second["shared"] == layer["bytes"] >= os.path.getsize(tools()["bin/sh"])
+    size = os.path.getsize(tools()["bin/sh"])
+    assert size < second["root"] - first["root"] < 2 * size  # a hole takes nothing, two names count once
+    assert second["own"] == second["root"] + second["home"]
+    whole = found["cache"] + found["leftovers"] + layer["bytes"] + first["own"] + second["own"]
+    assert found["total"] == whole
+    said = devns("du").stdout.splitlines()
+    assert said[0].split()[:3] == ["WHAT", "NAME", "SIZE"]
+    assert said[-1].split()[0] == "total"
+
+
+def test_du_counts_what_other_ids_own_and_keep_closed(devns: Devns, require: Any) -> None:
+    require("range")
+    said = "mkdir /srv/deep; cat /bin/ls > /srv/deep/file; chown -R 7:7 /srv/deep; chmod 0 /srv/deep"
+    assert devns("run", "--root", "--map", "range", "host", "--", "sh", "-c", said).returncode == 0
+    (row,) = answer(devns("du", "--json"))["environments"]
+    assert row["root"] > os.path.getsize(tools()["bin/ls"])
+
+
+def test_du_of_no_store_is_nothing(devns: Devns) -> None:
+    assert answer(devns("du", "--json")) == {"environments": [], "layers": [], "cache": 0, "leftovers": 0, "total": 0}
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def problems(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str | None, str]]:
+    assert done.returncode == 125
+    return [(row["kind"], row["path"], row["problem"]) for row in json.loads(done.stdout)["problems"]]
+
+
+@pytest.fixture
+def layer(devns: Devns, tiny: Callable[..., str], store: Path) -> Path:
+    """The directory of a finished layer."""
+    devns("build", tiny())
+    (path,) = (store / "layers").iterdir()
+    return path
+
+
+def test_verify_of_what_is_whole_says_so(devns: Devns, layer: Path) -> None:
+    found = answer(devns("verify", "--json"))
+    assert found == {"environments": ["tiny"], "layers": [layer.name], "problems": []}
+    assert devns("verify", "tiny").stdout == "1 layers, 1 environments: all is well\n"
+
+
+def test_verify_finds_every_changed_missing_and_extra_file(devns: Devns, layer: Path) -> None:
+    root = layer / "root"
+    before = (root / "etc/name").stat()
+    (root / "etc/name").write_text("eno\n")  # as long, and as old
+    os.utime(root / "etc/name", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (root / "etc/other").unlink()
+    (root / "etc/deep/file").chmod(0o600)
+    (root / "etc/.extra").mkdir()
+    (root / "etc/deep.d").symlink_to("deep")
+    (root / "bin/sh").open("ab").write(b"\n")
+    (root / "srv").rmdir()
+    (root / "srv").write_text("")
+    os.setxattr(root / "var", "user.overlay.opaque", b"y")
+    assert problems(devns("verify", "--json")) == [
+        ("layer", "/bin/sh", "size, content"),
+        ("layer", "/etc/.extra", "extra"),
+        ("layer", "/etc/deep/file", "mode"),
+        ("layer", "/etc/deep.d", "extra"),
+        ("layer", "/etc/name", "content"),
+        ("layer", "/etc/other", "missing"),
+        ("layer", "/srv", "kind, mode, content"),
+        ("layer", "/var", "attributes"),
+    ]
+    table = devns("verify").stdout.splitlines()
+    assert table[1].split() == ["layer", layer.name, "/bin/sh", "size,", "content"]
+
+
+def test_verify_finds_one_flipped_bit_in_any_file_of_a_layer(devns: Devns, layer: Path) -> None:
+    for path in sorted(layer.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        whole = path.read_bytes()
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        assert devns("verify").returncode == 125, path
+        path.write_bytes(whole)
+    assert devns("verify").returncode == 0
+
+
+def _cut(layer: Path) -> None:
+    path = layer / "manifest"
+    path.write_bytes(path.read_bytes().rpartition(b"\n[")[0] + b"\n")
+
+
+def _other_recipe(layer: Path) -> None:
+    path = layer / "layer.json"
+    path.write_text(path.read_text().replace('"size"', '"sise"'))
+
+
+BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no record": (lambda layer: (layer / "layer.json").unlink(), "cannot be read"),
+    "no JSON": (lambda layer: (layer / "layer.json").write_text("{"), "cannot be read"),
+    "no tree": (lambda layer: shutil.rmtree(layer / "root"), "cannot be read"),
+    "another recipe": (_other_recipe, "not the one that its name stands for"),
+    "a shorter manifest": (_cut, "not the one that was recorded"),
+    "no manifest": (lambda layer: (layer / "manifest").unlink(), "not the one that was recorded"),
+}
+
+
+@pytest.mark.parametrize("kind", BREAK)
+def test_verify_finds_a_broken_record(devns: Devns, layer: Path, kind: str) -> None:
+    breaks, said = BREAK[kind]
+    breaks(layer)
+    found = problems(devns("verify", "--json"))
+    assert [row for row in found if row[0] == "layer" and said in row[2]] != []
+
+
+def test_verify_finds_a_broken_environment_and_a_layer_that_went(devns: Devns, layer: Path, store: Path) -> None:
+    shutil.rmtree(layer)
+    assert problems(devns("verify", "--json")) == [("environment", None, f"its layer {layer.name} is not there")]
+    (store / "environments/tiny/environment.json").write_text("[]")
+    ((kind, path, said),) = problems(devns("verify", "tiny", "--json"))
+    assert (kind, path) == ("environment", None)
+    assert "cannot be read" in said
+
+
+def test_verify_reads_what_other_ids_own(devns: Devns, tiny: Callable[..., str], require: Any, store: Path) -> None:
+    require("range")
+    devns("build", tiny(table='[user]\nmap = "range"\n'))
+    assert devns("verify").returncode == 0
+    devns("build", tiny("other", "two\n"))
+    found = answer(devns("verify", "tiny", "--json"))
+    assert (len(found["layers"]), found["problems"]) == (1, [])

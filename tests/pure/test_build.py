@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ TOOLS = '[root]\nfrom = "debian:bookworm"\npackages = ["git"]\n[build]\nrun = ["
 def project(host: MakeHost) -> Callable[..., tuple[Spec, Host]]:
     """`project(text, files)`: the Spec of a project file with this text beside these files, and its host."""
 
-    def make(text: str, files: dict[str, Any] = {}, *, tools: str = TOOLS, at: str = PROJECT) -> tuple[Spec, Host]:
+    def make(text: str, files: Mapping[str, Any] = {}, *, tools: str = TOOLS, at: str = PROJECT) -> tuple[Spec, Host]:
         placed = {f"{at}/{path}": content for path, content in files.items()}
         placed |= {f"{TEMPLATES}/tools.toml": tools, f"{at}/.devns.toml": text}
         machine = host(placed, uid=os.getuid(), gid=os.getgid(), cwd=at)
@@ -129,7 +129,7 @@ def test_an_input_that_cannot_be_one_is_an_error(project: Any, text: str, files:
 def test_a_named_template_with_inputs_says_that_there_is_no_project(host: MakeHost) -> None:
     tools = TOOLS.replace('["make tools"]', '["x"]\ninputs = ["list"]')
     machine = host({f"{TEMPLATES}/tools.toml": tools}, uid=os.getuid(), gid=os.getgid())
-    with pytest.raises(TemplateError, match="build.inputs: list: a file of the project, and there is none"):
+    with pytest.raises(TemplateError, match=r"build\.inputs: list: a file of the project, and there is none"):
         build.recipes(make_spec(template.load("tools", machine), {}), machine)
 
 
@@ -169,6 +169,7 @@ def test_what_is_lent_is_the_hosts_and_can_only_be_read(project: Any, mode: str)
 
 def test_what_the_template_says_of_the_network_counts_for_what_is_lent(project: Any) -> None:
     text = '[root]\nfrom = "debian:bookworm"\n[network]\ncertificates = "own"\n'
-    steps, variables = build._lent(*project(text, {"../../../etc/ssl/cert.pem": "CA"}), HOOKS)
+    spec, host = project(text, {"../../../etc/ssl/cert.pem": "CA"})
+    steps, variables = build._lent(spec, host, HOOKS)
     assert [step["dst"] for step in steps] == ["/etc/hosts"]
     assert "SSL_CERT_FILE" not in variables

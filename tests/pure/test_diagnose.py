@@ -26,7 +26,6 @@ from devns.diagnose import (
     problem,
     range_problem,
     tun_problem,
-    userns_problem,
 )
 from devns.plan import Problem
 
@@ -253,13 +252,13 @@ def test_a_machine_that_shows_nothing_in_the_way_has_no_problem(host: MakeHost) 
         "/proc/sys/kernel/apparmor_restrict_unprivileged_userns": "0\n",
     }  # fmt: skip
     assert [problem(name, host(files), None) for name in ("userns", "pid", "overlay", "proc", "time")] == [None] * 5
-    assert userns_problem(host(), None) is None
+    assert problem("userns", host(), None) is None
 
 
 def test_a_devns_with_an_apparmor_profile_and_root_are_not_restricted(host: MakeHost) -> None:
     profile = {"/proc/self/attr/apparmor/current": "devns (unconfined)\n"}
-    assert userns_problem(host({**UBUNTU, **profile}), None) is None
-    assert userns_problem(host({**UBUNTU, "/proc/sys/kernel/unprivileged_userns_clone": "0\n"}, uid=0), None) is None
+    assert problem("userns", host({**UBUNTU, **profile}), None) is None
+    assert problem("userns", host({**UBUNTU, "/proc/sys/kernel/unprivileged_userns_clone": "0\n"}, uid=0), None) is None
 
 
 def test_a_filter_goes_before_apparmor_at_unshare_and_after_it_later(host: MakeHost) -> None:
