@@ -91,7 +91,7 @@ class Environment:
         plan = workflow.plan(workflow.adjusted(self._spec, options), self._bench, command, options)
         text = text or encoding is not None or errors is not None or isinstance(input, str)
         codec = (encoding or "utf-8", errors or "strict") if text else None
-        with environment.lease(), _Pipes(input, stdin, stdout, stderr, codec) as pipes:
+        with workflow.entered(environment, plan, self._bench), _Pipes(input, stdin, stdout, stderr, codec) as pipes:
             with started(plan, stdio=pipes.inside, **workflow.run_options(self._bench)) as running:
                 pipes.begin()
                 timer = _Timer(timeout, running.end)
@@ -111,9 +111,10 @@ class Environment:
         imported already.
         """
         environment = workflow.prepare(self._spec, self._bench)
-        with environment.lease():
+        plan = self.plan()
+        with workflow.entered(environment, plan, self._bench):
             options = workflow.run_options(self._bench)
-            return spaces.run_call(self.plan(), function, args, kwargs, self._bench.host, **options)
+            return spaces.run_call(plan, function, args, kwargs, self._bench.host, **options)
 
     def remove(self) -> None:
         """Remove what was written in it, its home included. The layers stay for others."""

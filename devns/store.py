@@ -133,6 +133,12 @@ class Environment:
             for fd in held:
                 os.close(fd)
 
+    @contextmanager
+    def turn(self, *, blocking: bool = True) -> Iterator[None]:
+        """Be the only one who writes in it. Without `blocking` raises InUse where another does."""
+        with self._store.lock(self.name, blocking=blocking):
+            yield
+
     @property
     def in_use(self) -> bool:
         """Does anyone hold a lease?"""

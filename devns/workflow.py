@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from devns.launch import Explain
 from devns.plan import Plan, Problem, make_plan
 from devns.progress import Progress, Silent
 from devns.spec import Spec, make_spec
-from devns.store import Environment, Store
+from devns.store import Environment, InUse, Store
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -91,6 +92,24 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
     if fresh:
         bench.note(f"{spec.name}: its template changed: packages and files added by hand stay with the layers before")
     return environment
+
+
+@contextmanager
+def entered(environment: Environment, plan: Plan, bench: Bench) -> Iterator[None]:
+    """Hold the environment while something runs in it.
+
+    One upper directory has one overlay at a time: with two the kernel promises nothing, and files written in one are
+    stale in the other. So who comes second waits, and is told.
+    """
+    with ExitStack() as held:
+        held.enter_context(environment.lease())
+        if any(step["op"] == "overlay" and step["dst"] == "/" and step["upper"] for step in plan["inside"]):
+            try:
+                held.enter_context(environment.turn(blocking=False))
+            except InUse:
+                bench.note(f"{environment.name}: another devns writes in it: waiting for that to end")
+                held.enter_context(environment.turn())
+        yield
 
 
 def refuse(problems: Sequence[Problem]) -> None:

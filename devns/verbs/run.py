@@ -13,5 +13,5 @@ def run(name: str | None, argv: Sequence[str], bench: Bench, options: Options = 
     spec = workflow.understand(name, bench, options)
     environment = workflow.prepare(spec, bench)
     plan = workflow.plan(spec, bench, argv, options)
-    with environment.lease():
+    with workflow.entered(environment, plan, bench):
         return launch.launch(plan, **workflow.run_options(bench))

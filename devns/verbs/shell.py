@@ -11,5 +11,5 @@ def shell(name: str | None, bench: Bench, options: Options = Options()) -> int:
     spec = workflow.understand(name, bench, options)
     environment = workflow.prepare(spec, bench)
     plan = workflow.plan(spec, bench, workflow.shell_command(spec, bench.host), options)
-    with environment.lease():
+    with workflow.entered(environment, plan, bench):
         return launch.launch(plan, **workflow.run_options(bench))
