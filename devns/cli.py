@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         sys.exit(_run(head, command))
     except BrokenPipeError:  # `devns list | head`: nobody reads on, which is no error
-        console.give_up()
+        console.give_up(1, 2)
         sys.exit(141)
 
 
@@ -256,6 +256,17 @@ def diff(env: Env = None, json: Json = False) -> None:
         rows.append((row["change"], "package", f"{row['name']} {versions}"))
     if rows:
         console.show_table(("change", "of", "what"), rows)
+
+
+@app.command()
+def clone(
+    original: Annotated[str, typer.Argument(metavar="NAME")], name: Annotated[str, typer.Argument(metavar="NEW")]
+) -> None:
+    """Copy an environment with all that was written in it: devns shell NEW enters the copy."""
+    from devns.verbs.clone import clone
+
+    with _bench() as bench:
+        clone(original, name, bench)
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

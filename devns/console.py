@@ -35,11 +35,12 @@ def open_streams() -> None:
             setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
 
 
-def give_up() -> None:
-    """Nobody hears us any more: what Python still holds for them goes nowhere, or it would fail once more at its end."""
+def give_up(*fds: int) -> None:
+    """Nobody reads on: what Python still holds for them goes nowhere, or it would fail once more at its end."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for fd in (1, 2):
+    for fd in fds:
         os.dup2(null, fd)
+    os.close(null)
 
 
 def say(text: str) -> None:
@@ -67,7 +68,7 @@ def _answer(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:  # the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        give_up(1)
         raise DevnsError(f"standard output cannot be written: {os.strerror(error.errno or 0).lower()}") from None
 
 
@@ -77,7 +78,7 @@ def _aside(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError:  # there is nowhere left to say so
-        return
+        give_up(2)
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

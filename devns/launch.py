@@ -26,6 +26,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -40,6 +41,7 @@ from devns.errors import DevnsError, StepError, Unsupported
 Plan = dict[str, Any]
 Explain = Callable[[str, int, "str | None"], tuple[str, "str | None"]]
 
+_PATIENCE = 3000  # milliseconds for init to end everything, before it is killed itself
 _TAKEN = (*FORWARDED, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 _BUNDLED = ("devns_mount", "devns_network", "devns_cgroup")  # whose effects may run
 
@@ -64,7 +66,7 @@ class Running:
         self._master: int | None = None
         self._relay: terminal.Relay | None = None
         self._forwards = False
-        self._kills = True  # the child's end is everybody's
+        self._ending = False
         self._said = ""  # what a payload that is a function returned so far
 
     def wait(self, *, watch: MutableMapping[int, Callable[[], object]] | None = None, forward: bool = True) -> int:
@@ -99,18 +101,17 @@ class Running:
             self._control.send(json.dumps({"signal": number}).encode())
 
     def end(self) -> None:
-        """End everything inside, at once. Harmless when it has ended; `wait` then returns 137, or 125 without a PID
-        namespace, where init ends what it can find."""
-        if self.pid:
-            with contextlib.suppress(OSError):
-                self._control.shutdown(socket.SHUT_RDWR)
-            if self._kills:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pid, signal.SIGKILL)
+        """Tell init to end everything inside. Harmless when it has ended; `wait` then returns 125."""
+        self._ending = True
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
 
     def collect(self) -> int:
-        """Wait for the child, and with it for all the kernel ends with the PID namespace."""
+        """Wait for the child, and so for init and all that the kernel ends with its PID namespace."""
         if self.pid:
+            if self._ending and not _ends_within(self.pid, _PATIENCE):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)  # stuck, in a mount of a dead server for example: init dies too
             code = wait_for(self.pid)
             self.pid = 0
             if self.status is None:  # init ended without a word: the kernel's OOM killer, or somebody's SIGKILL
@@ -192,6 +193,20 @@ class Running:
         self.signal(signal.SIGCONT)
 
 
+def _ends_within(pid: int, milliseconds: int) -> bool:
+    """Does our child `pid` end in this time? It is not waited for. pidfd_open(2)"""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:  # gone already, or a kernel before 5.3, which has none
+        return False
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(milliseconds))
+    finally:
+        os.close(fd)
+
+
 class _Gone(Exception):
     """The child ended between two messages."""
 
@@ -234,7 +249,6 @@ def started(
             guard(theirs, lambda: child(errand, theirs))
         theirs.close()
         running = Running(pid, ours, lambda number: tell_step(_line(plan["inside"][number])))
-        running._kills = "pid" in plan["namespaces"]
         held.callback(running.collect)
         held.callback(running.end)
         try:

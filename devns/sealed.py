@@ -156,8 +156,9 @@ def run_sealed(
     line: Callable[[str], None] = lambda text: None,
     explain: Explain | None = None,
     what: str = "a build step",
+    keep: Sequence[int] = (),
 ) -> str:
-    """Run to the end; each line it says goes to `line`. Returns what `call` returned.
+    """Run to the end; each line it says goes to `line`. Returns what `call` returned, which has the descriptors `keep`.
 
     Raises Ended with the last lines where `what` ends with another status than 0.
     """
@@ -187,7 +188,7 @@ def run_sealed(
     os.set_blocking(ear, False)
     watch: dict[int, Callable[[], object]] = {ear: hear}
     try:
-        with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), explain=explain) as running:
+        with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), keep=keep, explain=explain) as running:
             os.close(mouth)
             mouth = -1
             status = running.wait(watch=watch, forward=False)

@@ -40,6 +40,7 @@ _ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 _NAME = _ALPHANUMERIC | set("._-")
 _HEX = frozenset("0123456789abcdef")
 _OPEN = 0o755  # of a tree's own root: the mode of "/" in an environment
+_CACHE = "store@cache"  # a lock: who makes layers shares it
 _ASKING = "store@asking"  # a lock; see Store._asking
 _LEAVE = "leave every shell and command in it first"
 _ELSEWHERE = "export DEVNS_STORE=/another/directory"
@@ -100,10 +101,18 @@ class Environment:
 
     __slots__ = ("_store", "broken", "home", "layers", "name", "path", "record", "upper", "work")
 
-    def __init__(self, store: Store, name: str, saved: dict[str, Any] | None, broken: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        saved: dict[str, Any] | None,
+        broken: str | None = None,
+        *,
+        place: str | None = None,  # where it is being made
+    ) -> None:
         self._store = store
         self.name = name
-        self.path = f"{store.path}/environments/{name}"
+        self.path = place or f"{store.path}/environments/{name}"
         self.home = f"{self.path}/home"
         self.record: dict[str, Any] = saved["record"] if saved else {}
         self.layers: tuple[str, ...] = tuple(saved["record"]["layers"]) if saved else ()
@@ -227,8 +236,8 @@ class Store:
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
-        """A place to make a layer in. What is not committed at the end is deleted. The cache is not cleared meanwhile."""
-        with self.lock("cache", shared=True), self._scratch() as path:
+        """A place to make a layer in. What is not committed at the end is deleted. Meanwhile the cache stays."""
+        with self._held(_CACHE, fcntl.LOCK_SH), self._scratch() as path:
             staging = Staging(path)
             with _telling(path):
                 durable.make_directory(staging.root, _OPEN)
@@ -335,6 +344,30 @@ class Store:
         with self._removal(path, f"environment@{name}", missing, f"{name}: in use"):
             pass
 
+    @contextmanager
+    def new_environment(self, name: str, record: Mapping[str, Any]) -> Iterator[Environment]:
+        """Make the environment `name` of what the caller writes into its empty `upper` and `home`: all of it or none.
+
+        Its layers must stay meanwhile: hold an environment that names them. Raises DevnsError where `name` is one.
+        """
+        final = f"{self.path}/environments/{_checked(name, is_name)}"
+        taken = DevnsError(f"{name}: there is such an environment already", hint=f"devns remove {name}")
+        with self._held(f"environment@{name}", fcntl.LOCK_SH), self._scratch() as path:
+            with _telling(final):
+                if os.path.lexists(final):
+                    raise taken
+                wanted = json.loads(json.dumps(dict(record)))
+                saved = _checked_record({"upper": upper_name(wanted["layers"]), "record": wanted})
+                os.mkdir(f"{path}/home", 0o700)
+                _make_upper(f"{path}/{saved['upper']}")
+            yield Environment(self, name, saved, place=path)
+            with _telling(final):
+                _write(f"{path}/environment.json", saved)
+                durable.sync_file_system(path)
+                if not durable.rename_new(path, final):
+                    raise taken
+                durable.sync(f"{self.path}/environments")
+
     def reset(self, name: str, *, home: bool = False) -> None:
         """Empty what was written in an environment, over its layers and over those it had before; with `home` its home.
 
@@ -386,6 +419,13 @@ class Store:
         _checked(name, lambda text: is_key(text) or is_name(text))
         operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if blocking else fcntl.LOCK_NB)
         with self._held(name, operation, f"{name}: locked by another devns", "try again"):
+            yield
+
+    @contextmanager
+    def clearing(self) -> Iterator[None]:
+        """Nobody makes a layer meanwhile, so that what is in the cache can go. InUse where somebody does."""
+        busy = f"{self.cache}: in use: a layer is being made"
+        with self._held(_CACHE, fcntl.LOCK_EX | fcntl.LOCK_NB, busy, "try again when it is finished"):
             yield
 
     def leftovers(self) -> tuple[str, ...]:

@@ -137,6 +137,11 @@ def find_project(host: Host) -> str | None:
         here = above
 
 
+def is_known(name: str, host: Host) -> bool:
+    """Is there a template of this name, the user's or a bundled one?"""
+    return _named(name, host, None) is not None
+
+
 def list_templates(host: Host) -> tuple[Listed, ...]:
     """Every named template, the user's before a bundled one of its name; one that cannot be read says why."""
     places: tuple[tuple[Kind, str, tuple[str, ...]], ...] = (

@@ -14,7 +14,7 @@ from devns.launch import Explain
 from devns.plan import Plan, Problem, make_plan
 from devns.progress import Progress, Silent
 from devns.spec import Spec, make_spec
-from devns.store import Environment, InUse, Store
+from devns.store import Environment, InUse, Store, is_name
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -48,10 +48,23 @@ def understand(name: str | None, bench: Bench, options: Options = Options()) -> 
     Raises TemplateError for a bad template, and for a project file that asks for more than it is trusted with.
     """
     claims = bench.hooks.claims()
-    document = template.load(name, bench.host, claims=claims)
+    document = _document(name, bench, claims)
     spec = make_spec(document, claims)  # first: a mistake is told as what it is, and not as a wish for trust
     trust.require(document, bench.host)
     return adjusted(spec, options)
+
+
+def _document(name: str | None, bench: Bench, claims: Mapping[str, type]) -> template.Document:
+    """The template `name`; where there is none, that of the environment `name`, which a clone has from its original."""
+    if name is not None and is_name(name) and not template.is_known(name, bench.host):
+        environment = Store.open(bench.host.store, create=False).environment(name)
+        record = environment.record if environment else {}
+        if record.get("project"):
+            original = template.load(None, replace(bench.host, cwd=record["project"]), claims=claims)
+            return replace(original, name=name)
+        if record:
+            return replace(template.load(record["template"], bench.host, claims=claims), name=name)
+    return template.load(name, bench.host, claims=claims)
 
 
 def adjusted(spec: Spec, options: Options) -> Spec:

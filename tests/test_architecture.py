@@ -118,6 +118,7 @@ ROOMS = (
     Room("devns.durable", ours="devns.errors devns.linux", never=_SLOW),
     Room("devns.trash", ours="devns.errors devns.linux", never=_SLOW),
     Room("devns.manifest", ours="devns.errors", never="ctypes subprocess socket"),
+    Room("devns.copying", ours="", never="ctypes subprocess socket shutil"),
     Room("devns.changes", ours="", never="ctypes subprocess socket"),
     Room("devns.trees", never="ctypes subprocess socket devns.linux devns.workflow"),
     Room("devns.build", never="ctypes devns.linux devns.workflow"),

@@ -324,7 +324,7 @@ def command_lines() -> Iterator[str]:
     """What a reader may type: in sh blocks, in indented lines, and in a line's code spans."""
     for page in PAGES:
         yield from re.findall(r"^ {4,}((?:\S*/)?devns .*)$", prose(page), re.MULTILINE)
-        yield from re.findall(r"`(devns [^`]+)`", prose(page))
+        yield from re.findall(r"`(devns\s[^`]+)`", prose(page))
     for block in BLOCKS:
         if block.language == "sh":
             yield from (part for part in re.split(r"&&|\n", block.text) if "devns " in part)

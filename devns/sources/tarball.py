@@ -57,7 +57,7 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
             unpack.unpack_tar(archive, root_fd, keep_special=True, owners=recipe["map"] == "range")
             return ""
 
-        sealed.run_sealed(plan, call=call)
+        sealed.run_sealed(plan, call=call, keep=[archive])
     finally:
         os.close(archive)
     return {}

@@ -59,7 +59,7 @@ def _clean(store: Store, gone: tuple[str, ...], dry_run: bool) -> list[dict[str,
     kept = [store.layer(key) for key in store.layers() if key not in gone]
     named = {digest for layer in kept if layer for digest in _digests(layer.record)}
     rows = []
-    with store.lock("cache", blocking=False):
+    with store.clearing():
         for part in _FETCHED:
             files = size = 0
             for path in _files(f"{store.cache}/{part}"):

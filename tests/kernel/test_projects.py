@@ -28,7 +28,7 @@ CI = "1"
 # Versions are fixed: what a release of tomorrow brings says nothing about devns. What they need besides follows from
 # what the host's pip chose.
 PROJECTS = {
-    "pluggy": ("1.6.0", ("pytest==8.4.2", "pytest-benchmark==5.2.3", "coverage==7.13.4")),
+    "pluggy": ("1.6.0", ("pytest==8.4.2", "pytest-benchmark==5.2.3")),
     "click": ("8.4.2", ("pytest==8.4.2",)),
     "attrs": ("25.4.0", ("pytest==8.4.2", "hypothesis==6.151.9", "cloudpickle==3.1.2", "pympler==1.1")),
 }
@@ -89,6 +89,8 @@ def test_the_projects_own_tests_end_inside_as_on_the_host(
     _run([python, *PYTEST], host, environ, expect=(0, 1))
 
     passed = [word for key in sorted(os.environ) if key.startswith("PIP_") and "INDEX" in key for word in ("-e", key)]
+    if name == "click" and shutil.which("less"):  # it tries the pager where there is one
+        devns("run", "--root", "--", "apt-get", "install", "-y", "less", cwd=project)
     devns("run", *passed, "--", "python", "-m", "pip", "install", ".", *filter(None, frozen), cwd=project)
     devns("run", "--", "sh", "-c", 'python "$@" || test $? = 1', "sh", *PYTEST, cwd=project)
 

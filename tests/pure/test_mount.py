@@ -90,7 +90,7 @@ def test_an_overlay_of_the_project_keeps_what_is_written_with_the_environment(ho
     upper, work = f"{PLACE}/project-upper", f"{PLACE}/project-work"
     assert steps({"project": "overlay", "home": "none"}, host) == [
         cwd(PROJECT),
-        overlay(PROJECT, lower=[PROJECT], upper=upper, work=work),
+        overlay(PROJECT, lower=[PROJECT], upper=upper, work=work, canonical=True),
     ]
 
 
@@ -193,8 +193,8 @@ def test_an_overlays_writes_are_kept_in_a_place_of_its_own_or_discarded(host: Ho
     lost = {"lower": "/srv/data", "dst": "/lost", "writable": "discard"}
     place = f"{PLACE}/overlay-7694e713c17ed663"
     assert steps({"overlay": [kept, lost], **NONE}, host)[1:] == [
-        overlay("/data", lower=["/srv/data"], upper=f"{place}-upper", work=f"{place}-work"),
-        overlay("/lost", lower=["/srv/data"], upper=None, work=None),
+        overlay("/data", lower=["/srv/data"], upper=f"{place}-upper", work=f"{place}-work", canonical=True),
+        overlay("/lost", lower=["/srv/data"], upper=None, work=None, canonical=True),
     ]
 
 

@@ -45,7 +45,9 @@ SLIRP = {"/usr/bin/slirp4netns": ""}
 OTHER = 'set mode = "host" or "none" in [network]'
 
 
-def machine(root: Path, files: Mapping[str, str] = MappingProxyType({}), **env: str) -> Host:
+def machine(
+    root: Path, files: Mapping[str, str] = MappingProxyType({}), *, release: str = "6.12.0", **env: str
+) -> Host:
     for path, text in {"/usr/bin/x": "", "/dev/x": "", **files}.items():
         place = root / path[1:]
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def machine(root: Path, files: Mapping[str, str] = MappingProxyType({}), **env: 
     environ = {"HOME": HOME, "PATH": "/usr/bin", **env}
     # The files are this process's, and a host believes in programs of root's or its user's only.
     user = os.getuid() or 1000
-    return Host.make(root=str(root), uid=user, gid=user, environ=environ, machine="x86_64", release="6.1.0")
+    return Host.make(root=str(root), uid=user, gid=user, environ=environ, machine="x86_64", release=release)
 
 
 def table(data: Mapping[str, Any]) -> NetworkTable:
@@ -82,6 +84,17 @@ def etc(name: str, text: str) -> Step:
 
 def env(name: str, value: str) -> Step:
     return setenv(name, value, default=True)
+
+
+def test_E_17_a_kernel_that_cannot_keep_abstract_sockets_away_is_said_where_the_network_is_the_hosts(
+    tmp_path: Path,
+) -> None:
+    old, new = machine(tmp_path, TUN | PASTA, release="6.11.9"), machine(tmp_path, TUN | PASTA)
+    (problem,) = problems({"mode": "host"}, old)
+    assert (problem.id, problem.fatal) == ("abstract-sockets", False)
+    assert "Linux 6.11.9 cannot keep them away" in problem.message
+    assert [problems({"mode": mode}, old) for mode in ("none", "user")] == [[], []]
+    assert problems({"mode": "host"}, new) == []
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def refusal(document: Document, host: Host) -> TemplateError:
         "extends = 'py311'",
         "extends = 'mine'",
         "[root]\npackages = ['git']",
-        "[env]\nset = { A = 'x', LD_PRELOAD = 'y' }",
+        "[env]\nset = { A = 'x', DATABASE_URL = 'y', DEBUG = '1', NODE = 'a', PS5 = 'b', APP_PATH = 'c' }",
         "[root]\n[env]\n[env.set]",
         "extends = './base.toml'",
     ],
@@ -88,6 +88,22 @@ def test_a_template_that_is_there_packages_and_literal_variables_need_no_trust(t
     assert grants(document) == ()
     require(document, host)
     assert not (tmp_path / RECORDS[1:]).exists()
+
+
+HOOKS = """
+    LD_PRELOAD LD_LIBRARY_PATH GCONV_PATH LOCPATH TERMINFO TERMINFO_DIRS PATH HOME SHELL ENV BASH_ENV BASHOPTS
+    PROMPT_COMMAND SHELLOPTS PS0 PS1 PS4 IFS PYTHONPATH PYTHONSTARTUP PERL5LIB RUBYOPT NODE_OPTIONS JAVA_TOOL_OPTIONS
+    _JAVA_OPTIONS EDITOR VISUAL PAGER MANPAGER LESSOPEN GIT_SSH_COMMAND SSH_ASKPASS http_proxy HTTPS_PROXY no_proxy
+    SSL_CERT_FILE CURL_CA_BUNDLE CURL_HOME REQUESTS_CA_BUNDLE PIP_INDEX_URL UV_INDEX_URL npm_config_registry GOFLAGS
+    CARGO_HOME RUSTC_WRAPPER MAKEFLAGS CFLAGS XDG_CONFIG_HOME ZDOTDIR INPUTRC
+""".split()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_C_16_a_variable_that_tells_programs_what_to_run_load_or_talk_to_waits_for_trust(
+    tmp_path: Path, name: str
+) -> None:
+    assert asked(tmp_path, f"[env.set]\nA = '1'\n{name} = 'x'") == [(f"env.set.{name}", '"x"')]
 
 
 def test_a_named_template_needs_no_trust_and_cannot_be_given_it(tmp_path: Path) -> None:
