@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from devns.errors import Unsupported
+from devns.errors import TemplateError, Unsupported
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -40,6 +40,9 @@ def identity(spec: Spec, host: Host) -> dict[str, Any]:
     root = user.identity == "root"
     if user.uid_map:
         uid_map, gid_map = [list(row) for row in user.uid_map], [list(row) for row in user.gid_map]
+        for key, rows in (("uid_map", uid_map), ("gid_map", gid_map)):
+            if root and all(row[0] != 0 for row in rows):
+                raise TemplateError(f'{spec.template}: user.{key}: maps nobody to 0, and as = "root" is 0')
         uid = 0 if root else _inside(uid_map, host.uid)
         gid = 0 if root else _inside(gid_map, host.gid)
     elif user.map == "range":
@@ -57,7 +60,7 @@ def identity(spec: Spec, host: Host) -> dict[str, Any]:
 
 
 def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
-    """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload: decided here and by no plugin."""
+    """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload, decided here and by no plugin."""
     root = ids["uid"] == 0 and spec.user.identity == "root"
     emulate = root and ids["map"] == "single"
     return {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any, Literal, TypeVar
 
-from devns import plugins, spaces, store, workflow
+from devns import plugins, spaces, store, trees, workflow
 from devns.host import Host
 from devns.launch import Plan, started
 from devns.progress import Progress, Silent
@@ -118,7 +118,8 @@ class Environment:
 
     def remove(self) -> None:
         """Remove what was written in it, its home included. The layers stay for others."""
-        store.Store.open(self._bench.host.store).remove(self.name)
+        with trees.finishing(self._bench.host):
+            store.Store.open(self._bench.host.store).remove(self.name)
 
 
 def _checked_variables(env: Mapping[Any, Any]) -> dict[str, str]:

@@ -83,21 +83,28 @@ class NewRoot:
         above, _, name = path.rstrip("/").rpartition("/")
         parent = self.target(above or "/", directory=True, symlinks=symlinks, depth=depth + 1)
         try:
+            link = _link(name, parent)
+            if link is not None and symlinks:  # it dangles: what it names is created, still inside the root
+                path = link if link.startswith("/") else f"{above}/{link}"
+                return self.target(path, directory=directory, depth=depth + 1)
             if linux.mount_id(parent) not in self.ours:
                 raise OSError(errno.EROFS, "would have to be created on the host", path)
-            try:
-                if directory:
-                    os.mkdir(name, 0o755, dir_fd=parent)
-                else:
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                    os.close(os.open(name, flags, 0o644, dir_fd=parent))
-            except FileExistsError:  # a dangling symlink: what it names is created, still inside the root
-                link = os.readlink(name, dir_fd=parent)
-                path = link if link.startswith("/") else f"{above}/{link}"
-                return self.target(path, directory=directory, symlinks=symlinks, depth=depth + 1)
+            if directory:
+                os.mkdir(name, 0o755, dir_fd=parent)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(name, flags, 0o644, dir_fd=parent))
             return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
             os.close(parent)
+
+
+def _link(name: str, parent: int) -> str | None:
+    """Where the symbolic link `name` leads to, None where it is none."""
+    try:
+        return os.readlink(name, dir_fd=parent)
+    except OSError:
+        return None
 
 
 # --- what a Plan folds into its own fields; nothing is applied -------------------------------------------------------

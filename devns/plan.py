@@ -94,9 +94,10 @@ def _name(step: Step) -> str:
     return str(step.get("name", ""))
 
 
-def _order(step: Step) -> tuple[bool, list[str], str]:
-    """Mounts by the components of their destination, parents first; then what has no destination."""
-    return ("dst" not in step, _parts(step.get("dst", "/")), step["op"])
+def _order(step: Step) -> tuple[bool, bool, list[str], str]:
+    """Mounts by the components of their destination, parents first; then files, which may stand behind a symbolic link
+    in a directory that is mounted later by name; then what has no destination."""
+    return ("dst" not in step, step["op"] == "file", _parts(step.get("dst", "/")), step["op"])
 
 
 def _parts(path: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from devns import build, diagnose, template, trust
-from devns.errors import Unsupported
+from devns.errors import TemplateError, Unsupported
 from devns.launch import Explain
 from devns.plan import Plan, Problem, make_plan
 from devns.progress import Progress, Silent
@@ -60,8 +60,10 @@ def _document(name: str | None, bench: Bench, claims: Mapping[str, type]) -> tem
         environment = Store.open(bench.host.store, create=False).environment(name)
         record = environment.record if environment else {}
         if record.get("project"):
-            original = template.load(None, replace(bench.host, cwd=record["project"]), claims=claims)
-            return replace(original, name=name)
+            host = replace(bench.host, cwd=record["project"])
+            if template.find_project(host) != record["project"]:
+                raise TemplateError(f"{name}: {record['project']}: no {template.FILE} there any more")
+            return replace(template.load(None, host, claims=claims), name=name)
         if record:
             return replace(template.load(record["template"], bench.host, claims=claims), name=name)
     return template.load(name, bench.host, claims=claims)
@@ -103,7 +105,7 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
     record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
     environment, fresh = store.ensure_environment(spec.name, record)
     if fresh:
-        bench.note(f"{spec.name}: its template changed: packages and files added by hand stay with the layers before")
+        bench.note(f"{spec.name}: it stands on other layers now: packages and files added by hand stay with those before")
     return environment
 
 

@@ -40,7 +40,7 @@ _NO_SERVICES = "#!/bin/sh\nexit 101\n"
 # What only this build knows does not belong to a layer that others share.
 _TIDY = (
     "[ ! -e /etc/machine-id ] || : > /etc/machine-id",
-    "rm -f /var/log/dpkg.log /var/log/alternatives.log /var/log/bootstrap.log /var/log/apt/*.log",
+    "rm -f /var/log/dpkg.log /var/log/alternatives.log /var/log/bootstrap.log /var/log/apt/*.log /var/log/apt/*.xz",
     "rm -f /var/lib/dpkg/*-old /var/cache/debconf/*-old /var/cache/apt/*.bin /etc/passwd- /etc/shadow- /etc/group-",
 )
 # Packages whose preinst others lean on: the first accounts, then the C library. The rest have no order among them.

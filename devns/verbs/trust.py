@@ -7,6 +7,7 @@ from typing import Any
 from devns import template
 from devns import trust as records
 from devns.errors import TemplateError
+from devns.spec import make_spec
 from devns.workflow import Bench
 
 
@@ -15,7 +16,9 @@ def trust(bench: Bench, *, expect: str | None = None, record: bool = True) -> di
 
     `change` is "+" for what was not asked for when it was last trusted, "-" for what is no longer, "=" for the rest.
     """
-    document = template.load(None, bench.host, claims=bench.hooks.claims())
+    claims = bench.hooks.claims()
+    document = template.load(None, bench.host, claims=claims)
+    make_spec(document, claims)  # what is no template is not trusted either
     changed = records.changes(document, bench.host)
     rows = [("+" if grant in changed.added else "=", grant) for grant in records.grants(document)]
     rows += [("-", grant) for grant in changed.removed]

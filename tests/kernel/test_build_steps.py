@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 
 from devns.build import LAYERS_MAX
+from devns.debian import mirrors
+from devns.debian.errors import MirrorError
+from devns.debian.transport import Session
+from devns.errors import Unsupported
+from devns.host import Host
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROGRAMS = "sh cat chmod chown echo env id ln ls mkdir mv pwd readlink rm rmdir sleep stat touch wc"
@@ -351,3 +356,36 @@ def test_two_builds_at_once_run_a_command_once(project: Project) -> None:
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "".join(said).count("devns: said\n") == 1
+
+
+# --- packages that a project adds -------------------------------------------------------------------------------------
+
+
+def test_packages_that_a_project_adds_lie_on_the_templates_own_layer(tmp_path: Path, require: Any) -> None:
+    require("userns", "overlay")
+    host = Host.probe()
+    try:
+        found = mirrors.find(host)
+        with Session(found.route) as session:
+            session.read(f"{found.main}/dists/bookworm/InRelease", limit=1 << 20)
+    except (MirrorError, Unsupported) as error:
+        pytest.skip(f"needs archive, a Debian mirror that can be reached: {error}")
+    project = Project(tmp_path, tmp_path)
+    keys, said = [], []
+    for package in ("tree", "jq"):
+        text = f'extends = "debian12"\n[root]\npackages = ["{package}"]\n[network]\nmode = "none"\n'
+        (project.path / ".devns.toml").write_text(text)
+        assert project.devns("trust").returncode == 0
+        done = project.devns("build")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+        keys.append(project.layers())
+        assert project.run(f"{package} --version >/dev/null; dpkg --audit; dpkg --verify; command -v {package}") == (
+            f"/usr/bin/{package}\n"
+        )
+        var = project.made(1) / "var"
+        assert not (var / "lib/apt/lists").exists()
+        assert sorted(os.listdir(var / "cache")) in ([], ["debconf"], ["debconf", "ldconfig"])
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]
+    assert ["unpack:" in words for words in said] == [True, False]

@@ -28,7 +28,7 @@ CI = "1"
 # Versions are fixed: what a release of tomorrow brings says nothing about devns. What they need besides follows from
 # what the host's pip chose.
 PROJECTS = {
-    "pluggy": ("1.6.0", ("pytest==8.4.2", "pytest-benchmark==5.2.3")),
+    "pluggy": ("1.6.0", ("pytest==8.4.2",)),
     "click": ("8.4.2", ("pytest==8.4.2",)),
     "attrs": ("25.4.0", ("pytest==8.4.2", "hypothesis==6.151.9", "cloudpickle==3.1.2", "pympler==1.1")),
 }

@@ -333,6 +333,9 @@ def test_a_projects_environment_is_cloned_with_its_project(devns: Devns, tmp_pat
     assert devns("clone", name, "copy").stderr == ""
     done = devns("run", "copy", "--", "cat", f"{project}/file")
     assert (done.returncode, done.stdout) == (0, "ours\n")
+    (project / ".devns.toml").rename(project.parent / ".devns.toml")
+    done = devns("run", "copy", "--", "true")
+    assert (done.returncode, done.stderr) == (78, f"devns: copy: {project}: no .devns.toml there any more\n")
 
 
 def test_clone_refuses_what_it_could_not_enter_or_would_overwrite(

@@ -144,6 +144,16 @@ def test_more_layers_than_can_be_mounted_are_an_error(project: Any) -> None:
         build.recipes(*project(f"[root]\nfrom = 'debian:bookworm'\n[build]\nrun = {commands}\n"))
 
 
+def test_packages_that_a_project_adds_are_a_layer_on_the_templates_own(project: Any) -> None:
+    extending = 'extends = "tools"\n[root]\npackages = ["jq", "git"]\n'
+    base, added, _command = build.recipes(*project(extending))
+    assert (base["packages"], added["packages"]) == (["git"], ["jq"])
+    assert added["parent"] == build.key(base)
+    assert base == build.recipes(*project('extends = "tools"\n'))[0]
+    alone = build.recipes(*project('[root]\nfrom = "debian:bookworm"\npackages = ["jq", "git"]\n'))
+    assert [recipe["packages"] for recipe in alone] == [["git", "jq"]]
+
+
 # --- what a command with network is lent ------------------------------------------------------------------------------
 
 
