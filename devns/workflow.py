@@ -105,7 +105,9 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
     record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
     environment, fresh = store.ensure_environment(spec.name, record)
     if fresh:
-        bench.note(f"{spec.name}: it stands on other layers now: packages and files added by hand stay with those before")
+        bench.note(
+            f"{spec.name}: it stands on other layers now: packages and files added by hand stay with those before"
+        )
     return environment
 
 
