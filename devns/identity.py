@@ -60,7 +60,7 @@ def identity(spec: Spec, host: Host) -> dict[str, Any]:
 
 
 def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
-    """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload, decided here and by no plugin."""
+    """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload; no plugin decides it."""
     root = ids["uid"] == 0 and spec.user.identity == "root"
     emulate = root and ids["map"] == "single"
     return {

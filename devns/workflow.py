@@ -106,7 +106,7 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
     environment, fresh = store.ensure_environment(spec.name, record)
     if fresh:
         bench.note(
-            f"{spec.name}: it stands on other layers now: packages and files added by hand stay with those before"
+            f"{spec.name}: it stands on other layers now: what was added by hand stays with those before"
         )
     return environment
 
