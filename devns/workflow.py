@@ -105,9 +105,7 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
     record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
     environment, fresh = store.ensure_environment(spec.name, record)
     if fresh:
-        bench.note(
-            f"{spec.name}: it stands on other layers now: what was added by hand stays with those before"
-        )
+        bench.note(f"{spec.name}: it stands on other layers now: what was added by hand stays with those before")
     return environment
 
 

@@ -135,7 +135,7 @@ def test_a_layer_holds_what_the_command_wrote_and_nothing_else(project: Project)
     assert sorted(os.listdir(made)) == ["made", "srv"]
     status = os.lstat(made / "srv" / "gone")
     assert (stat.S_ISCHR(status.st_mode), status.st_rdev) == (True, 0)
-    assert sorted(os.listdir(made.parent)) == ["layer.json", "root"]
+    assert sorted(os.listdir(made.parent)) == ["layer.json", "manifest", "root"]
     assert [os.listdir(project.store / part) for part in ("staging", "trash")] == [[], []]
 
 
