@@ -175,11 +175,13 @@ def child(errand: Errand, control: socket.socket) -> None:
         with _step("unshare"):
             linux.unshare(linux.CLONE_NEWCGROUP)
     errand.umask = os.umask(0o022)
+    # Opened now: when init pivots, the root of this process changes with it, and there need be no /dev in the new one.
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        guard(control, lambda: _init(errand, control))
+        guard(control, lambda: _init(errand, control, null))
     # Whoever waits for the end of a pipe waits for this process too: it keeps none.
-    _keep_only(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+    _keep_only(null)
     linux.set_capabilities(())
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials takes it away: prctl(2)
     if os.getppid() != errand.parent and "pid" in plan["namespaces"]:
@@ -190,14 +192,13 @@ def child(errand: Errand, control: socket.socket) -> None:
 # --- init -------------------------------------------------------------------------------------------------------------
 
 
-def _init(errand: Errand, control: socket.socket) -> None:
+def _init(errand: Errand, control: socket.socket, null: int) -> None:
     plan = errand.plan
     _die_with_child(plan)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     _freeze_imports()
     programs = _programs(plan["confine"])
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # there need be none in the new root
     _enter(plan["inside"], (lambda number: tell(control, {"step": number})) if errand.traced else None)
     _drop(plan, programs)
     slave = _open_terminal(control, errand.stdio) if errand.own_terminal else -1
