@@ -504,7 +504,7 @@ def account(user: str, uid: int, gid: int, home: str, shell: str) -> Step:
 
 def apply_account(step: Step, root: NewRoot, opened: Opened) -> None:
     user, uid, gid = step["user"], step["uid"], step["gid"]
-    _add_line(root, "/etc/passwd", user, uid, f"{user}:x:{uid}:{gid}::{step['home']}:{step['shell']}\n")
+    _add_line(root, "/etc/passwd", user, uid, f"{user}:*:{uid}:{gid}::{step['home']}:{step['shell']}\n")
     _add_line(root, "/etc/group", user, gid, f"{user}:x:{gid}:\n")
 
 

@@ -256,6 +256,7 @@ def _script(recipe: dict[str, Any], preinsts: Sequence[str], selection: archive.
         "rm -f /usr/sbin/policy-rc.d",
         "mkdir -p /var/lib/apt/lists/partial",
         'for list in /run/devns/lists/*; do [ -f "$list" ] && cp "$list" /var/lib/apt/lists/; done',
+        "find /var/lib/apt/lists -type f -exec chmod 644 {} +",
         *_TIDY,
     ]
     return "\n".join(lines) + "\n"

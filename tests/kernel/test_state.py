@@ -157,7 +157,7 @@ def test_reset_with_home_empties_the_home_too_however_it_is_closed(devns: Devns)
 def test_reset_takes_what_was_written_over_layers_before_too(devns: Devns, tiny: Callable[..., str]) -> None:
     devns("run", tiny(), "--", "sh", "-c", "echo 1 > /etc/by-hand")
     tiny("tiny", "two\n")
-    assert "layers before" in devns("run", "tiny", "--", "sh", "-c", "echo 2 > /etc/later").stderr
+    assert "other layers" in devns("run", "tiny", "--", "sh", "-c", "echo 2 > /etc/later").stderr
     assert devns("reset", "tiny").returncode == 0
     assert devns("run", "tiny", "--", "sh", "-c", "cat /etc/name; test ! -e /etc/later").stdout == "two\n"
     tiny("tiny", "one\n")
