@@ -487,6 +487,8 @@ def _is_open(fd: int) -> bool:
 def _exec(argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     """execvp(3): a name without a slash is looked for along the PATH inside."""
     name = argv[0]
+    if not name:
+        raise StepFailed("exec", OSError(errno.ENOENT, os.strerror(errno.ENOENT)), "''")
     places = (
         [name] if "/" in name else [f"{part or '.'}/{name}" for part in env.get("PATH", "/usr/bin:/bin").split(":")]
     )

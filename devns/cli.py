@@ -436,5 +436,5 @@ def _all(
 
 def _plain(value: object) -> str:
     if isinstance(value, list):
-        return "\n".join(map(str, value)) or "-"
+        return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)

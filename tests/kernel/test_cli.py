@@ -96,6 +96,11 @@ def test_a_command_that_is_not_there_is_127_in_one_sentence(devns: Devns) -> Non
     assert (done.returncode, done.stderr) == (127, "devns: no-such-command: command not found inside\n")
 
 
+def test_an_empty_command_is_127_too(devns: Devns) -> None:
+    done = devns("run", "host", "--", "")
+    assert (done.returncode, done.stderr) == (127, "devns: '': command not found inside\n")
+
+
 def test_standard_streams_are_the_callers(devns: Devns, home: Path) -> None:
     done = devns("run", "host", "--", "sh", "-c", "echo out; echo err >&2")
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
