@@ -486,7 +486,7 @@ def pid_of(path: Path) -> int:
 def is_running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it went between the opening and the reading
         return False
 
 
