@@ -134,6 +134,7 @@ class Session:
             sock = self._active = connection.sock
             keep = False
             try:
+                self._refuse_stopped(parts)  # once more: `stop` sees what is active, or this sees `stop`
                 with _deadline(sock, self.grace + size / SLOWEST, url):
                     response = self._ask(connection, parts, headers, origin)
                     if response.status not in (301, 302, 303, 307, 308):
@@ -169,9 +170,12 @@ class Session:
         connection.request("GET", path.replace(" ", "%20"), headers=said)
         return connection.getresponse()
 
-    def _connection(self, parts: SplitResult, origin: SplitResult) -> http.client.HTTPConnection:
+    def _refuse_stopped(self, parts: SplitResult) -> None:
         if self._stopped:
             raise MirrorError(f"{hide(parts.geturl())}: stopped")
+
+    def _connection(self, parts: SplitResult, origin: SplitResult) -> http.client.HTTPConnection:
+        self._refuse_stopped(parts)
         place = _place(parts)
         if place not in self._kept:
             connection = self._new(parts)

@@ -64,6 +64,12 @@ def end(child: Any, line: str = "exit") -> int:
     return int(child.exitstatus)
 
 
+def run_sleep(shell: Any) -> None:
+    """A job in the foreground: a key typed before it is there would be the shell's own."""
+    shell.sendline("sh -c 'echo asl''eep; exec sleep 1000'")
+    shell.expect("asleep\r\n")
+
+
 def test_a_shell_has_an_own_terminal_of_the_callers_size_and_its_status_is_devns_status(shell: Any) -> None:
     assert ask(shell, "tty") == "/dev/pts/0"
     assert ask(shell, "stty size") == "30 100"
@@ -79,8 +85,7 @@ def test_a_window_that_changes_its_size_changes_it_inside(shell: Any) -> None:
 
 
 def test_ctrl_c_interrupts_what_runs_and_leaves_the_shell(shell: Any) -> None:
-    shell.sendline("sleep 1000")
-    shell.expect("sleep 1000")
+    run_sleep(shell)
     shell.sendintr()
     shell.expect(PROMPT)
     assert ask(shell, "echo $?") == "130"
@@ -88,8 +93,7 @@ def test_ctrl_c_interrupts_what_runs_and_leaves_the_shell(shell: Any) -> None:
 
 
 def test_ctrl_z_is_job_control_of_the_shell_inside(shell: Any) -> None:
-    shell.sendline("sleep 1000")
-    shell.expect("sleep 1000")
+    run_sleep(shell)
     shell.send("\x1a")
     shell.expect("Stopped")
     shell.expect(PROMPT)

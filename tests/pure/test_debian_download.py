@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import http.server
 import os
 import re
@@ -11,7 +12,7 @@ import stat
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import pytest
 
@@ -494,6 +495,22 @@ def test_a_callers_interrupt_ends_the_downloads(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             download.fetch_all(files, DIRECT, advance=interrupt)
     assert not [thread for thread in threading.enumerate() if "work" in thread.name]
+
+
+def test_a_stop_between_connecting_and_asking_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then `stop` finds no connection to cut."""
+    with serving({"/slow": silent}) as server, transport.Session(DIRECT, idle=5.0) as session:
+        connect = session._connection
+
+        def stopped_meanwhile(*parts: SplitResult) -> http.client.HTTPConnection:
+            connection = connect(*parts)
+            session.stop()
+            return connection
+
+        monkeypatch.setattr(session, "_connection", stopped_meanwhile)
+        with pytest.raises(MirrorError, match="stopped"):
+            session.read(f"{server.url}/slow", limit=1)
+        assert server.asked == []
 
 
 def test_nothing_wanted_is_nothing_done() -> None:
