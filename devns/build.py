@@ -134,7 +134,7 @@ def ensure(
                 else:
                     made = source.make(recipe, place, host, store.cache, progress)
                 progress.stage("write to disk")
-                made |= trees.record(host, staging.path, recipe["map"])
+                made |= trees.record(host, staging.path, recipe["map"], built=made.get("built"))
                 store.commit(staging, name, {"recipe": recipe, **made})
     progress.end()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Step = dict[str, Any]
 Plan = dict[str, Any]
+Watch = dict[int, Callable[[], object]]
 
 LIMITS = {"nproc": [4096, 4096], "nofile": [65536, 65536], "core": [0, 0]}
 # What a build sees of the caller's environment: nothing, or a layer would depend on who made it.
@@ -157,10 +158,13 @@ def run_sealed(
     explain: Explain | None = None,
     what: str = "a build step",
     keep: Sequence[int] = (),
+    beside: Callable[[Watch], AbstractContextManager[Any]] = lambda watch: nullcontext(),
 ) -> str:
     """Run to the end; each line it says goes to `line`. Returns what `call` returned, which has the descriptors `keep`.
 
-    Raises Ended with the last lines where `what` ends with another status than 0.
+    `beside` is held while it runs, entered only when nothing forks here any more, and may add to what is waited for:
+    a descriptor, and what to call when it is readable. Raises Ended with the last lines where `what` ends with another
+    status than 0.
     """
     last: deque[str] = deque(maxlen=20)
     rest = b""
@@ -186,12 +190,13 @@ def run_sealed(
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     ear, mouth = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(ear, False)
-    watch: dict[int, Callable[[], object]] = {ear: hear}
+    watch: Watch = {ear: hear}
     try:
         with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), keep=keep, explain=explain) as running:
             os.close(mouth)
             mouth = -1
-            status = running.wait(watch=watch, forward=False)
+            with beside(watch):
+                status = running.wait(watch=watch, forward=False)
             hear(final=True)
     finally:
         for fd in (null, ear, *([mouth] if mouth >= 0 else [])):

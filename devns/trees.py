@@ -85,14 +85,37 @@ def finishing(host: Host) -> Iterator[None]:
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def record(host: Host, directory: str, map: str) -> dict[str, Any]:
-    """Write the manifest of `directory`/root beside it: what a layer's record keeps of it. See devns.manifest."""
+def record(host: Host, directory: str, map: str, *, built: int | None = None) -> dict[str, Any]:
+    """Write the manifest of `directory`/root beside it: what a layer's record keeps of it. See devns.manifest.
+
+    With `built`, in seconds since the epoch, nothing in the tree is newer than that afterwards.
+    """
     owner = (host.uid, host.gid) if map == "range" else None  # who stay themselves inside
-    write = {"/layer": directory}
-    found = run(
-        host, lambda: manifest.write("/layer/root", f"/layer/{manifest.FILE}", owner=owner), write=write, map=map
-    )
-    return {"manifest": found}
+
+    def write() -> dict[str, Any]:
+        if built is not None:
+            clamp("/layer/root", built)
+        return manifest.write("/layer/root", f"/layer/{manifest.FILE}", owner=owner)
+
+    return {"manifest": run(host, write, write={"/layer": directory}, map=map)}
+
+
+def clamp(root: str, latest: int) -> None:
+    """Give what is newer than `latest`, in seconds since the epoch, that time; on the file system of `root` alone.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    device, times = os.lstat(root).st_dev, (latest * 1_000_000_000,) * 2
+    todo = [root]
+    while todo:
+        path = todo.pop()
+        status = os.lstat(path)
+        if status.st_dev != device:
+            continue
+        if status.st_mtime_ns > times[0]:
+            os.utime(path, ns=times, follow_symlinks=False)
+        if status.st_mode & 0o170000 == 0o040000:
+            todo += [f"{path}/{name}" for name in os.listdir(path)]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

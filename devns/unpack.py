@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import select
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from devns.errors import DevnsError, Unsupported
 from devns.progress import Progress, Silent
 from devns.writer import Directory, Owner, Unpacked, Writer, open_umask, settle, walk
 
+ARRIVAL = 4  # bytes that say of one package that it is there
 _INFO = b"var/lib/dpkg/info/"
 _SCRIPTS = ("config", "preinst", "postinst", "prerm", "postrm")
 # Merged /usr, which every Debian since bookworm has: where the loader is in /lib64, that is a link, too.
@@ -231,14 +234,21 @@ def unpack_debs(
     debs: Sequence[Deb],
     root: str,
     *,
+    architecture: str,
+    built: int,
     owners: bool,
     workers: int,
     report: Callable[[DebRecord], None] = lambda record: None,
+    arrivals: int | None = None,
 ) -> list[DebRecord]:
-    """Unpack `debs` (path, name, version) beneath the directory `root`, which has no packages yet.
+    """Unpack `debs` (path, name, version) for `architecture` beneath the directory `root`, which has no packages yet.
+    What is of none of them gets the time `built`, in seconds since the epoch.
 
-    Worker processes share the work, the biggest package first; `report` is called here for each that is done. The
-    result depends on the order of `debs` only: where two packages have the same directory, the first one's mode,
+    Worker processes share the work, the biggest package first; `report` is called here for each that is done. Where
+    packages are still on their way, `arrivals` is a descriptor from which the place in `debs` of each that is there
+    can be read, ARRIVAL bytes in the machine's order, until its end.
+
+    The result depends on the order of `debs` only: where two packages have the same directory, the first one's mode,
     owner and time count, as if dpkg had unpacked them in this order; where two have the same file, nothing is
     guessed. Writes dpkg's database as far as `dpkg --configure -a` needs it. Raises DevnsError naming the package and
     its .deb.
@@ -246,7 +256,7 @@ def unpack_debs(
     root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with open_umask():
-            return _unpack_debs(debs, root_fd, owners, workers, report)
+            return _unpack_debs(debs, root_fd, architecture, built * 1_000_000_000, owners, workers, report, arrivals)
     finally:
         os.close(root_fd)
 
@@ -254,11 +264,13 @@ def unpack_debs(
 def _unpack_debs(
     debs: Sequence[Deb],
     root_fd: int,
+    architecture: str,
+    built: int,
     owners: bool,
     workers: int,
     report: Callable[[DebRecord], None],
+    arrivals: int | None,
 ) -> list[DebRecord]:
-    architecture, built = _architecture(debs)
     merged = _MERGED + _MERGED_ALSO.get(architecture, ())
     prepared = _prepare(root_fd, architecture, merged, built)
 
@@ -267,10 +279,9 @@ def _unpack_debs(
         with _about(_label(debs[index])):
             return _unpack_deb(path, root_fd, owners=owners, name=name, version=version, architecture=architecture)[0]
 
-    biggest_first = sorted(range(len(debs)), key=lambda index: -_size(debs[index]))
     done: dict[int, DebRecord] = {}
     with _crew(min(workers, len(debs)), job) as crew:
-        for index, record in _share(crew, biggest_first, [_label(deb) for deb in debs]):
+        for index, record in _share(crew, debs, arrivals):
             done[index] = record
             report(record)
 
@@ -292,16 +303,6 @@ def _unpack_debs(
 def _size(deb: Deb) -> int:
     with _about(_label(deb)):
         return os.stat(deb[0]).st_size
-
-
-def _architecture(debs: Sequence[Deb]) -> tuple[str, int]:
-    """What the packages are for, by the first that isn't for all; and when that one was built, in nanoseconds."""
-    for deb in debs:
-        with _about(_label(deb)), _opened(deb[0]) as fd:
-            control, _ = open_deb(fd)
-            if control.architecture != "all":
-                return control.architecture, control.files["control"].mtime
-    raise ArchiveError("none of the packages is for a particular architecture")
 
 
 def _prepare(root_fd: int, architecture: str, merged: Sequence[bytes], mtime: int) -> dict[bytes, Directory]:
@@ -398,27 +399,50 @@ def _start_worker(job: Callable[[int], DebRecord], before: Sequence[_Worker]) ->
     return _Worker(pid, tasks_end, answers_end)
 
 
-def _share(crew: Sequence[_Worker], indexes: Sequence[int], labels: Sequence[str]) -> Iterator[tuple[int, DebRecord]]:
-    """Give each worker that is free the next index, until all are done."""
-    todo = list(reversed(indexes))
+def _share(crew: Sequence[_Worker], debs: Sequence[Deb], arrivals: int | None) -> Iterator[tuple[int, DebRecord]]:
+    """Give each worker that is free the biggest of `debs` that is there, until all are done."""
+    todo: list[tuple[int, int]] = []  # a heap of (minus the size, place in debs)
+    missing = set(range(len(debs)))
+
+    def arrived(index: int) -> None:
+        if index in missing:
+            missing.remove(index)
+            heapq.heappush(todo, (-_size(debs[index]), index))
+
     free = list(crew)
     busy: dict[int, tuple[_Worker, int, bytearray]] = {}
     poll = select.poll()
     for worker in crew:
         poll.register(worker.answers, select.POLLIN)
-    while todo or busy:
+    if arrivals is None:
+        for index in range(len(debs)):
+            arrived(index)
+    else:
+        poll.register(arrivals, select.POLLIN)
+    part = b""
+    while missing or todo or busy:
         while todo and free:
-            worker, index = free.pop(), todo.pop()
+            worker, (_, index) = free.pop(), heapq.heappop(todo)
             busy[worker.answers] = worker, index, bytearray()
             with suppress(BrokenPipeError):  # it died: the end of its answers says so
                 os.write(worker.tasks, index.to_bytes(4, "little"))
         for fd, _ in poll.poll():
+            if fd == arrivals:
+                part += (data := os.read(fd, 1 << 12))
+                if not data:
+                    poll.unregister(fd)
+                    if missing:
+                        raise DevnsError(f"{_label(debs[min(missing)])}: it never came")
+                while len(part) >= ARRIVAL:
+                    index, part = int.from_bytes(part[:ARRIVAL], sys.byteorder), part[ARRIVAL:]
+                    arrived(index)
+                continue
             if fd not in busy:
                 raise DevnsError("a process that unpacks packages died (out of memory?)")
             worker, index, line = busy[fd]
             line += (data := os.read(fd, 1 << 16))
             if not data:
-                raise DevnsError(f"{labels[index]}: the process that unpacked it died (out of memory?)")
+                raise DevnsError(f"{_label(debs[index])}: the process that unpacked it died (out of memory?)")
             if line.endswith(b"\n"):
                 del busy[fd]
                 free.append(worker)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from devns.debian import download, index, mirrors, openpgp, release, resolve
+from devns.debian.download import Downloads, Wanted
 from devns.debian.errors import MirrorError, Untrusted
 from devns.debian.index import Package
 from devns.debian.transport import Session
@@ -95,32 +96,43 @@ def select(
     )
 
 
-def fetch(
+def fetching(
     selection: Selection,
     *,
     host: Host,
     cache: str,
     progress: Progress | None = None,
-    ready: Callable[[Package, str], None] = lambda package, path: None,
-) -> dict[str, str]:
-    """Every .deb of `selection` in the cache, verified: name -> path. What is there already isn't asked for again.
+    ready: Callable[[Package], None] = lambda package: None,
+) -> Downloads:
+    """Every .deb of `selection` on its way into the cache, at `path_of`; what is there already isn't asked for again.
 
-    `ready` is called for each as it becomes complete, in this thread, so that unpacking may begin.
+    `ready` is called for each that is complete and verified, by `Downloads.take`, so that unpacking may begin.
     """
     progress = progress or Silent()
     sources = mirrors.find(host)
-    wanted = {
-        f"{cache}/debs/{package.sha256}.deb": (package, f"{sources.url(package.archive)}/{package.filename}")
-        for package in selection.packages
-    }
+    packages = {path_of(package, cache): package for package in selection.packages}
     progress.stage("download", total=selection.size, unit="bytes")
-    download.fetch_all(
-        [download.Wanted(url, path, package.size, package.sha256) for path, (package, url) in wanted.items()],
+    return Downloads(
+        [
+            Wanted(f"{sources.url(package.archive)}/{package.filename}", path, package.size, package.sha256)
+            for path, package in packages.items()
+        ],
         sources.route,
         advance=progress.advance,
-        ready=lambda file: ready(wanted[file.path][0], file.path),
+        ready=lambda file: ready(packages[file.path]),
     )
-    return {package.name: path for path, (package, _) in wanted.items()}
+
+
+def fetch(selection: Selection, *, host: Host, cache: str, progress: Progress | None = None) -> dict[str, str]:
+    """Every .deb of `selection` in the cache, verified: name -> path."""
+    with fetching(selection, host=host, cache=cache, progress=progress) as downloads:
+        downloads.wait()
+    return {package.name: path_of(package, cache) for package in selection.packages}
+
+
+def path_of(package: Package, cache: str) -> str:
+    """Where in the cache its .deb is, once it is."""
+    return f"{cache}/debs/{package.sha256}.deb"
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -189,7 +201,7 @@ class _Reader:
             if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:
                 return data
         packing, source = packed[0]
-        wanted = download.Wanted(f"{base}/{source.path}", f"{path}{packing}.packed", source.size, source.sha256)
+        wanted = Wanted(f"{base}/{source.path}", f"{path}{packing}.packed", source.size, source.sha256)
         self._fetch(wanted, session, by_hash=verified.by_hash)
         with open(wanted.path, "rb") as file:
             data = index.decompress(file.read(source.size + 1), packing, entry.size)
@@ -202,7 +214,7 @@ class _Reader:
                     os.unlink(f"{directory}/{name}")
         return data
 
-    def _fetch(self, wanted: download.Wanted, session: Session, *, by_hash: bool) -> None:
+    def _fetch(self, wanted: Wanted, session: Session, *, by_hash: bool) -> None:
         """By its hash where the archive has that: it is there even while the mirror is being updated."""
         if by_hash:
             place = wanted.url.rpartition("/")[0]

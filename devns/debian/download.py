@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import select
 import stat
 import threading
 import time
@@ -33,61 +34,101 @@ class Wanted:
     sha256: str
 
 
-def fetch_all(
-    wanted: Sequence[Wanted],
-    route: Route,
-    *,
-    advance: Callable[[int], None] = lambda count: None,
-    ready: Callable[[Wanted], None] = lambda file: None,
-    connections: int = CONNECTIONS,
-) -> None:
-    """Have every one of `wanted` in the cache, the largest first.
+class Downloads:
+    """Files on their way into the cache, the largest first, by threads of its own: a context manager.
 
-    `advance` is told bytes and `ready` each file as it is complete and verified, both in the calling thread.
-    The first error stops everything and is raised; what is complete by then stays in the cache.
+    Whoever waits for other things too polls `fileno()`, and calls `take` when it is readable. The first error stops
+    everything and is raised by `take`; what is complete by then stays in the cache. Nothing may fork meanwhile.
     """
-    jobs: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
-    for file in sorted(wanted, key=lambda file: -file.size):
-        jobs.put(file)
-    news: queue.SimpleQueue[int | Wanted | BaseException] = queue.SimpleQueue()
-    sessions = [Session(route) for _ in range(min(connections, len(wanted)))]
 
-    def work(session: Session) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        route: Route,
+        *,
+        advance: Callable[[int], None] = lambda count: None,
+        ready: Callable[[Wanted], None] = lambda file: None,
+        connections: int = CONNECTIONS,
+    ) -> None:
+        """`advance` is told bytes and `ready` each file as it is complete and verified, both by `take`."""
+        self.left = len(wanted)
+        self._advance = advance
+        self._ready = ready
+        self._jobs: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+        for file in sorted(wanted, key=lambda file: -file.size):
+            self._jobs.put(file)
+        self._news: queue.SimpleQueue[int | Wanted | BaseException] = queue.SimpleQueue()
+        self._sessions = [Session(route) for _ in range(min(connections, len(wanted)))]
+        self._threads: list[threading.Thread] = []
+        self._telling = threading.Lock()  # a thread left behind must not write where another file is open by then
+        self._directory = os.path.dirname(wanted[0].path) if wanted else ""
+
+    def __enter__(self) -> Downloads:
+        self._ear, self._mouth = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for session in self._sessions:
+            self._threads.append(threading.Thread(target=self._work, args=(session,), daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while not self._jobs.empty():
+            with contextlib.suppress(queue.Empty):
+                self._jobs.get_nowait()
+        for session in self._sessions:
+            session.stop()
+        for thread in self._threads:
+            thread.join(timeout=1.0)  # one that still looks for an address is left behind
+        os.close(self._ear)
+        with self._telling:
+            os.close(self._mouth)
+            self._mouth = -1
+
+    def fileno(self) -> int:
+        return self._ear
+
+    def wait(self) -> None:
+        """Until all are there."""
+        poll = select.poll()
+        poll.register(self._ear, select.POLLIN)
+        while self.left:
+            poll.poll()
+            self.take()
+
+    def take(self) -> bool:
+        """Deal with what has come since; true when nothing more will."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._ear, 1 << 16)  # before the queue is emptied: who adds to it afterwards wakes us again
+        with contextlib.suppress(queue.Empty):
+            while True:
+                said = self._news.get_nowait()
+                if isinstance(said, BaseException):
+                    raise said
+                if isinstance(said, Wanted):
+                    self.left -= 1
+                    self._ready(said)
+                else:
+                    self._advance(said)
+        return not self.left
+
+    def _tell(self, news: int | Wanted | BaseException) -> None:
+        self._news.put(news)
+        with self._telling, contextlib.suppress(BlockingIOError):  # full: it will be woken anyway
+            if self._mouth >= 0:
+                os.write(self._mouth, b"!")
+
+    def _work(self, session: Session) -> None:
         try:
             with session:
                 while True:
-                    file = jobs.get_nowait()
-                    fetch(file, session, advance=news.put)
-                    news.put(file)
+                    file = self._jobs.get_nowait()
+                    fetch(file, session, advance=self._tell)
+                    self._tell(file)
         except queue.Empty:
             return
         except OSError as error:
-            news.put(on_disk(error, os.path.dirname(wanted[0].path)))
+            self._tell(on_disk(error, self._directory))
         except BaseException as error:
-            news.put(error)
-
-    threads = [threading.Thread(target=work, args=(session,), daemon=True) for session in sessions]
-    for thread in threads:
-        thread.start()
-    try:
-        left = len(wanted)
-        while left:
-            said = news.get()
-            if isinstance(said, BaseException):
-                raise said
-            if isinstance(said, Wanted):
-                left -= 1
-                ready(said)
-            else:
-                advance(said)
-    finally:
-        while not jobs.empty():
-            with contextlib.suppress(queue.Empty):
-                jobs.get_nowait()
-        for session in sessions:
-            session.stop()
-        for thread in threads:
-            thread.join(timeout=1.0)  # one that still looks for an address is left behind
+            self._tell(error)
 
 
 def fetch(wanted: Wanted, session: Session, *, advance: Callable[[int], None] = lambda count: None) -> None:

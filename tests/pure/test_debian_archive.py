@@ -81,9 +81,10 @@ def test_what_was_selected_is_fetched_once_and_each_is_told_as_it_comes(
         where = machine(host, f"{server.url}/debian")
         found = select(where, tmp_path)
         told: list[str] = []
-        paths = archive.fetch(
-            found, host=where, cache=str(tmp_path / "cache"), ready=lambda package, path: told.append(package.name)
-        )
+        cache = str(tmp_path / "cache")
+        with archive.fetching(found, host=where, cache=cache, ready=lambda package: told.append(package.name)) as going:
+            going.wait()
+        paths = {package.name: archive.path_of(package, cache) for package in found.packages}
         asked = len(server.asked)
         assert archive.fetch(found, host=where, cache=str(tmp_path / "cache")) == paths
         assert len(server.asked) == asked

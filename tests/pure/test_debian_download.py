@@ -11,7 +11,9 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import pytest
@@ -42,6 +44,11 @@ def fetch(file: Wanted, *, route: Route = DIRECT, idle: float = 5.0, grace: floa
 def read(url: str, *, limit: int = 1 << 20, route: Route = DIRECT, idle: float = 5.0, grace: float = 10.0) -> bytes:
     with transport.Session(route, idle=idle, grace=grace) as session:
         return session.read(url, limit=limit)
+
+
+def fetch_all(files: Sequence[Wanted], route: Route, **options: Any) -> None:
+    with download.Downloads(files, route, **options) as downloads:
+        downloads.wait()
 
 
 def content(file: Wanted) -> bytes | None:
@@ -469,7 +476,7 @@ def test_many_files_come_over_few_connections_the_largest_first(tmp_path: Path) 
         files = [wanted(server.url + path, tmp_path, body, path[1:]) for path, body in bodies.items()]
         told: list[int] = []
         ready: list[str] = []
-        download.fetch_all(files, DIRECT, advance=told.append, ready=lambda file: ready.append(file.url), connections=3)
+        fetch_all(files, DIRECT, advance=told.append, ready=lambda file: ready.append(file.url), connections=3)
         asked = [path for path, _ in server.asked]
         assert (len(asked), asked.index("/29") < asked.index("/0")) == (30, True)
     assert sum(told) == sum(map(len, bodies.values()))
@@ -481,7 +488,7 @@ def test_the_first_error_ends_all_and_what_is_complete_stays(tmp_path: Path) -> 
     with serving({"/good": send(BODY), "/slow": silent}) as server:
         files = [wanted(f"{server.url}/{name}", tmp_path, name=name) for name in ("good", "slow", "missing")]
         with pytest.raises(MirrorError, match="404"):
-            download.fetch_all(files, DIRECT)
+            fetch_all(files, DIRECT)
         assert content(files[2]) is None
         assert fetch(files[0]) == len(BODY)
 
@@ -493,7 +500,7 @@ def test_a_callers_interrupt_ends_the_downloads(tmp_path: Path) -> None:
     with serving({"/f": send(BODY), "/slow": silent}) as server:
         files = [wanted(f"{server.url}/{name}", tmp_path, name=name) for name in ("f", "slow")]
         with pytest.raises(KeyboardInterrupt):
-            download.fetch_all(files, DIRECT, advance=interrupt)
+            fetch_all(files, DIRECT, advance=interrupt)
     assert not [thread for thread in threading.enumerate() if "work" in thread.name]
 
 
@@ -514,7 +521,7 @@ def test_a_stop_between_connecting_and_asking_is_seen(monkeypatch: pytest.Monkey
 
 
 def test_nothing_wanted_is_nothing_done() -> None:
-    download.fetch_all([], DIRECT)
+    fetch_all([], DIRECT)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

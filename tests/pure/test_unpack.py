@@ -927,10 +927,15 @@ def package(
     return str(path), name, "1.0"
 
 
-def all_into(root: Path, *debs: tuple[str, str, str], workers: int = 2, owners: bool = False) -> list[DebRecord]:
+ROOT: Any = {"architecture": "amd64", "built": 5}
+
+
+def all_into(
+    root: Path, *debs: tuple[str, str, str], workers: int = 2, owners: bool = False, **how: Any
+) -> list[DebRecord]:
     before = len(os.listdir("/proc/self/fd"))
     try:
-        return unpack_debs(debs, str(root), owners=owners, workers=workers)
+        return unpack_debs(debs, str(root), **{**ROOT, **how}, owners=owners, workers=workers)
     finally:
         assert len(os.listdir("/proc/self/fd")) == before
         with pytest.raises(ChildProcessError):
@@ -950,7 +955,8 @@ def test_many_packages_make_a_root_that_dpkg_can_configure(root: Path, tmp_path:
         package(tmp_path, "alpha", directory("./etc", 0o700, mtime=4, gid=9), file("./etc/a", uid=7), file("./bin/a")),
     ]
     told: list[str] = []
-    records = unpack_debs(debs, str(root), owners=False, workers=2, report=lambda record: told.append(record.name))
+    report = lambda record: told.append(record.name)  # noqa: E731
+    records = unpack_debs(debs, str(root), **ROOT, owners=False, workers=2, report=report)
     assert sorted(told) == ["alpha", "zeta"]
     assert [record.name for record in records] == ["zeta", "alpha"]
     assert {name: os.readlink(root / name) for name in ("bin", "sbin", "lib", "lib64")} == {
@@ -991,7 +997,7 @@ def test_the_tree_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
 
 
 def test_an_arm64_root_has_no_lib64(root: Path, tmp_path: Path) -> None:
-    all_into(root, package(tmp_path, "one", architecture="arm64"))
+    all_into(root, package(tmp_path, "one", architecture="arm64"), architecture="arm64")
     assert not (root / "lib64").exists()
     assert (root / "var/lib/dpkg/arch").read_text() == "arm64\n"
 
@@ -1058,12 +1064,45 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(
         all_into(root, package(tmp_path, "one"))
 
 
+def test_packages_are_unpacked_as_they_arrive(root: Path, tmp_path: Path) -> None:
+    debs = [package(tmp_path, name, file(f"./{name}")) for name in ("one", "two", "three")]
+    ear, mouth = os.pipe()
+    told: list[str] = []
+
+    def report(record: DebRecord) -> None:
+        told.append(record.name)
+        coming = {"three": [1, 1, 77], "two": [0]}.get(record.name, [])  # what is told twice, or is none, is no harm
+        os.write(mouth, b"".join(index.to_bytes(unpack.ARRIVAL, sys.byteorder) for index in coming))
+
+    os.write(mouth, (2).to_bytes(unpack.ARRIVAL, sys.byteorder))
+    try:
+        records = unpack_debs(debs, str(root), **ROOT, owners=False, workers=2, report=report, arrivals=ear)
+    finally:
+        os.close(mouth)
+        os.close(ear)
+    assert told == ["three", "two", "one"]
+    assert [record.name for record in records] == ["one", "two", "three"]
+
+
+def test_a_package_that_never_arrives_is_an_error(root: Path, tmp_path: Path) -> None:
+    debs = [package(tmp_path, name) for name in ("one", "two")]
+    ear, mouth = os.pipe()
+    os.write(mouth, (1).to_bytes(unpack.ARRIVAL, sys.byteorder))
+    os.close(mouth)
+    try:
+        with pytest.raises(DevnsError, match=r"^one 1\.0 \(one\.deb\): it never came"):
+            unpack_debs(debs, str(root), **ROOT, owners=False, workers=2, arrivals=ear)
+    finally:
+        os.close(ear)
+
+
 def test_workers_end_when_their_parent_was_killed(root: Path, tmp_path: Path) -> None:
     """They hold its standard output, so that this waits for them."""
     debs = [package(tmp_path, name) for name in ("one", "two", "three")]
     code = (
         "import os, sys; from devns.unpack import unpack_debs; debs = eval(sys.argv[2]);"
-        "unpack_debs(debs, sys.argv[1], owners=False, workers=3, report=lambda record: os.kill(os.getpid(), 9))"
+        "kill = lambda record: os.kill(os.getpid(), 9);"
+        "unpack_debs(debs, sys.argv[1], architecture='amd64', built=0, owners=False, workers=3, report=kill)"
     )
     done = subprocess.run([sys.executable, "-c", code, root, repr(debs)], capture_output=True, check=False, timeout=60)
     assert done.returncode == -9
@@ -1100,7 +1139,8 @@ try:
     unpack_tar(bad, os.open(other, os.O_RDONLY), keep_special=False, owners=False)
 except Exception as error:
     os.write(1, type(error).__name__.encode())
-records = unpack_debs([(path, os.path.basename(path)[:-4], "1.0") for path in debs], root, owners=False, workers=2)
+named = [(path, os.path.basename(path)[:-4], "1.0") for path in debs]
+records = unpack_debs(named, root, architecture="amd64", built=0, owners=False, workers=2)
 os.write(1, b" %d" % len(records))
 """
 
