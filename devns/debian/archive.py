@@ -76,9 +76,8 @@ def select(
         )
     if architecture not in _ARCHITECTURES:
         raise Unsupported(f"debian: {architecture}: devns builds {' and '.join(_ARCHITECTURES)} only")
-    for name in packages:
-        if not index.is_name(name):
-            raise TemplateError(f"packages: {name!r}: not the name of a package", hint="letters, digits and + - . only")
+    for text in packages:
+        resolve.read_request(text, architecture)  # before anything is read for it
     sources = mirrors.find(host)
     progress.stage("read the archive's index", total=len(_suites(suite)), unit="files")
     try:

@@ -5,11 +5,12 @@ A suite's main has 50 MB and 63,000 paragraphs, and an environment touches a few
 
 from __future__ import annotations
 
+import copy
 import difflib
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -145,6 +146,24 @@ class Index:
             found = self._candidates[name] = self._newest(name)
             return found
 
+    def choose(self, versions: Mapping[str, str]) -> Index:
+        """The same archive, but of these packages with the version that is said as candidate, as
+        `apt-get install NAME=VERSION` makes it. KeyError with the name where there is no such version of it."""
+        if not versions:
+            return self
+        chosen = copy.copy(self)
+        chosen._candidates, chosen._places = dict(self._candidates), dict(self._places)
+        for name, wanted in versions.items():
+            found = [row for row in self._versions(name) if row[0].package.version == wanted]
+            if not found:
+                raise KeyError(name)
+            chosen._candidates[name], chosen._places[name] = found[0]
+        return chosen
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """Every version of `name` that is there, the newest first."""
+        return tuple(paragraph.package.version for paragraph, _ in self._versions(name))
+
     def providers(self, name: str) -> list[tuple[Paragraph, str | None]]:
         """Who provides the virtual `name` ("awk", "python3-foo:any"), and in which version if the provider says one."""
         found = []
@@ -153,6 +172,10 @@ class Index:
             if paragraph is not None:
                 found += [(paragraph, said.version) for said in paragraph.provides if said.full_name == name]
         return found
+
+    def virtual(self) -> Iterable[str]:
+        """The names that some version of some package provides."""
+        return self._providers.keys()
 
     def wishes(self, name: str) -> tuple[Group, ...]:
         """What the candidate of `name` recommends and suggests."""
@@ -196,20 +219,26 @@ class Index:
         return self._mentioned[name]
 
     def _newest(self, name: str) -> Paragraph | None:
-        best: Paragraph | None = None
+        for found, place in self._versions(name)[:1]:
+            self._places[name] = place
+            return found
+        return None
+
+    def _versions(self, name: str) -> list[tuple[Paragraph, tuple[Packages, int]]]:
+        """Every version of `name` and where it is, the newest first; of the same one in two files the first."""
+        found: dict[str, tuple[Paragraph, tuple[Packages, int]]] = {}
         for packages in self.files:
             for start in packages.offsets.get(name, ()):
-                found = parse(packages, start, self.architecture)
-                order = 1 if best is None else version.compare(found.package.version, best.package.version)
-                if best is not None and order == 0 and not _same(found.package, best.package):
+                paragraph = parse(packages, start, self.architecture)
+                package = paragraph.package
+                before, (other, _) = found.setdefault(package.version, (paragraph, (packages, start)))
+                if not _same(package, before.package):
+                    where = packages.suite if packages is other else f"{other.suite} and {packages.suite}"
                     raise Untrusted(
-                        f"{packages.suite}: {name} {found.package.version} is there twice, with different contents",
+                        f"{where}: {name} {package.version} is there twice, with different contents",
                         hint="the mirror is broken, or of two different times",
                     )
-                if order > 0:
-                    best = found
-                    self._places[name] = packages, start
-        return best
+        return sorted(found.values(), key=lambda row: version.key(row[0].package.version), reverse=True)
 
 
 def parse(packages: Packages, start: int, architecture: str) -> Paragraph:

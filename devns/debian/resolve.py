@@ -8,11 +8,12 @@ more solutions would find others than apt does, and the root's own apt would wan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from devns.debian import version
-from devns.debian.index import Group, Index, Package, Paragraph, Relation
+from devns.debian.index import Group, Index, Package, Paragraph, Relation, is_name
 from devns.errors import TemplateError
 
 # A step of the marking: it yields the marking of another package and is sent whether that worked. Chains of
@@ -20,18 +21,48 @@ from devns.errors import TemplateError
 Marking = Generator["Marking", bool, bool]
 
 _ROUNDS = 3  # each mends what the one before broke
+_REQUEST = re.compile(r"(?P<name>[a-z0-9+.-]+?)(?::(?P<architecture>[a-z0-9-]+?))?(?:(?P<minus>-)|=(?P<version>\S+))?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One item of a template's `packages`, written as for apt-get: "NAME", "NAME:ARCHITECTURE", "NAME=VERSION", and
+    "NAME-" for what must not come whoever wants it."""
+
+    name: str
+    version: str | None = None
+    unwanted: bool = False
+
+
+def read_request(text: str, architecture: str) -> Request:
+    """What `text` asks for on this architecture. TemplateError where it is no request."""
+    match = _REQUEST.fullmatch(text)
+    if match is None or not is_name(match["name"]) or not version.is_version(match["version"] or "0"):
+        raise TemplateError(f"packages: {text!r}: not the name of a package", hint="NAME, NAME=VERSION or NAME-")
+    # To apt these all mean the package that this machine can run, even where that is "all" itself.
+    if match["architecture"] not in (None, "any", "all", "native", architecture):
+        raise TemplateError(f"packages: {text}: a root has packages of {architecture} alone", hint=match["name"])
+    return Request(match["name"], match["version"], match["minus"] is not None)
 
 
 def resolve(index: Index, requested: Sequence[str]) -> tuple[Package, ...]:
     """Everything that `requested`, apt and the Essential packages need, sorted by name.
 
-    TemplateError for a name that doesn't exist, and for a request that nothing in the archive can satisfy.
+    TemplateError for a name or version that doesn't exist, and for a request that nothing in the archive can satisfy.
     """
-    wanted = [_real(index, name) for name in requested]
-    marks = _Marks(index)
-    marks.install(list(dict.fromkeys([*base(index), *wanted])))
+    asked = [read_request(text, index.architecture) for text in requested]
+    unwanted = [_known(index, request.name) for request in asked if request.unwanted]
+    wanted = [_real(index, request.name) for request in asked if not request.unwanted]
+    index = index.choose(_chosen(index, asked))
+    essential = base(index)
+    for name in unwanted:
+        if name in wanted or name in essential:
+            why = "it is asked for, too" if name in wanted else "every system has it"
+            raise TemplateError(f"packages: {name}-: it can't be left out: {why}")
+    marks = _Marks(index, unwanted)
+    marks.install(list(dict.fromkeys([*essential, *wanted])))
     if marks.broken():
-        blamed, clauses = marks.explain([*wanted, *base(index)])
+        blamed, clauses = marks.explain([*wanted, *essential])
         raise TemplateError(
             f"packages: {blamed} can't be installed: {'; '.join(clauses)}",
             hint="leave one of them out" if len(requested) > 1 else None,
@@ -52,6 +83,23 @@ def base(index: Index) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _chosen(index: Index, asked: Sequence[Request]) -> dict[str, str]:
+    """The version of each package that a request names."""
+    chosen: dict[str, str] = {}
+    for request in asked:
+        if request.version is None or request.unwanted:
+            continue
+        known = index.versions(request.name)
+        if request.version not in known:
+            raise TemplateError(
+                f"packages: {request.name}={request.version}: no such version",
+                hint=f"there is {', '.join(known[:8])}" if known else None,
+            )
+        if chosen.setdefault(request.name, request.version) != request.version:
+            raise TemplateError(f"packages: {request.name}: {chosen[request.name]} and {request.version} are asked for")
+    return chosen
+
+
 def _real(index: Index, name: str) -> str:
     """The package that `name` stands for: itself, or the only one that provides it."""
     if index.candidate(name) is not None:
@@ -61,8 +109,16 @@ def _real(index: Index, name: str) -> str:
         return providers[0]
     if providers:
         raise TemplateError(f"packages: {name} is provided by several", hint=f"say which: {', '.join(providers[:8])}")
-    near = index.near(name)
-    raise TemplateError(f"packages: {name}: no such package", hint=f"did you mean {', '.join(near)}?" if near else None)
+    return _known(index, name)
+
+
+def _known(index: Index, name: str) -> str:
+    """`name`, which must be a package's own."""
+    if index.candidate(name) is None:
+        near = index.near(name)
+        hint = f"did you mean {', '.join(near)}?" if near else None
+        raise TemplateError(f"packages: {name}: no such package", hint=hint)
+    return name
 
 
 @dataclass(frozen=True)
@@ -76,11 +132,12 @@ class _Blame:
 class _Marks:
     """apt's pkgDepCache for an empty system."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, unwanted: Iterable[str] = ()) -> None:
         self.index = index
         self.installed: set[str] = set()
         self.discarded: set[str] = set()
-        self.protected: set[str] = set()
+        self.unwanted = frozenset(unwanted)
+        self.protected = set(unwanted)  # protected and not installed: it must not come
         self.blames: dict[str, _Blame] = {}
         self._targets: dict[Relation, tuple[Paragraph, ...]] = {}
 
@@ -140,6 +197,8 @@ class _Marks:
             said = [f"{name} needs {_text(group)}"]
             for relation in group:
                 if found := [p.package.name for p in self._solutions(relation) if p.package.name not in seen | {name}]:
+                    if found[0] in self.unwanted:
+                        return [*said, f"{found[0]} is left out"]
                     blame = self.blames.get(found[0])
                     if blame and blame.conflict:
                         return [*said, f"{found[0]} conflicts with {blame.conflict}"]
@@ -218,7 +277,6 @@ class _Marks:
         found: list[list[str]] = []
         for relation in group:
             found += self._preferred(relation.full_name, self._solutions(relation))
-        # Protected and not installed: a request says that it must not come.
         unwanted = self.protected - self.installed
         return [names for row in found if (names := [name for name in row if name not in unwanted])]
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from devns import sealed
-from devns.debian import archive, index, install
+from devns.debian import archive, install
 from devns.errors import TemplateError, Unsupported
 from devns.ops import bind, directory, file, tmpfs
 from devns.sources import key
@@ -76,11 +76,10 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
 def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     """The apt inside installs over the layer beneath, by today's lists and with what it will most likely want at hand:
     both verified here. It decides; what it wants besides it fetches itself."""
-    plain = [name for name in recipe["packages"] if index.is_name(name)]
     before = place.record.get("packages", {})
     selection = archive.select(
         recipe["suite"],
-        plain,
+        recipe["packages"],
         architecture=recipe["architecture"],
         host=host,
         cache=cache,
@@ -130,7 +129,8 @@ def _install_script(packages: Sequence[str], built: int) -> str:
     lines = [
         "set -eu",
         f"printf {shlex.quote(install.NO_SERVICES)} > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d",
-        f"apt-get install --yes --no-install-recommends -- {' '.join(map(shlex.quote, packages))}",
+        # What the layer beneath has in a newer version than is asked for goes back to it.
+        f"apt-get install --yes --no-install-recommends --allow-downgrades -- {' '.join(map(shlex.quote, packages))}",
         "rm -f /usr/sbin/policy-rc.d",
         *install.tidy(built),
         "dpkg-query --show --showformat 'installed ${Package} ${Version}\\n'",

@@ -158,6 +158,66 @@ def test_a_virtual_name_is_its_only_provider_or_a_question() -> None:
     assert (error.message, error.hint) == ("packages: v is provided by several", "say which: w, x")
 
 
+def versions(*paragraphs: bytes, request: str) -> set[str]:
+    """As `closure`, with the versions."""
+    found = resolve.resolve(archive(*paragraphs), request.split())
+    return {f"{p.name}={p.version}" for p in found} - {"base-files=1", "apt=1", "apt-lib=1"}
+
+
+OLD_AND_NEW = (
+    A("b", "1", depends="old-lib"),
+    A("b", "2", depends="lib", provides="v"),
+    A("lib"),
+    A("old-lib"),
+    A("a", depends="b (>= 2) | c"),
+    A("c"),
+)
+
+
+def test_of_two_versions_the_newer_comes_unless_the_older_is_asked_for() -> None:
+    assert versions(*OLD_AND_NEW, request="b") == {"b=2", "lib=1"}
+    assert versions(*OLD_AND_NEW, request="b=2") == {"b=2", "lib=1"}
+    assert versions(*OLD_AND_NEW, request="b=1") == {"b=1", "old-lib=1"}
+
+
+def test_a_version_that_is_asked_for_is_the_one_that_others_get() -> None:
+    assert versions(*OLD_AND_NEW, request="a b") == {"a=1", "b=2", "lib=1"}
+    assert versions(*OLD_AND_NEW, request="a b=1") == {"a=1", "b=1", "old-lib=1", "c=1"}
+    assert "needs v; there is no v" in refusal(*OLD_AND_NEW, A("d", depends="v"), request="d b=1").message
+
+
+def test_a_version_that_is_not_there_is_said_with_those_that_are() -> None:
+    error = refusal(*OLD_AND_NEW, request="b=3")
+    assert (error.message, error.hint) == ("packages: b=3: no such version", "there is 2, 1")
+    assert refusal(*OLD_AND_NEW, request="b=1 b=2").message == "packages: b: 1 and 2 are asked for"
+    assert refusal(*OLD_AND_NEW, request="v=2").message == "packages: v=2: no such version"
+
+
+@pytest.mark.parametrize("mark", ["", ":any", ":native", ":all", ":amd64"])
+def test_every_way_to_name_this_machines_architecture_is_the_same_package(mark: str) -> None:
+    assert closure(A("a"), request=f"a{mark}") == {"a"}
+    assert versions(*OLD_AND_NEW, request=f"b{mark}=1") == {"b=1", "old-lib=1"}
+
+
+def test_another_architecture_is_not_to_be_had() -> None:
+    error = refusal(A("a"), request="a:i386")
+    assert error.message == "packages: a:i386: a root has packages of amd64 alone"
+
+
+def test_what_is_left_out_gives_way_to_an_alternative_or_is_in_the_way() -> None:
+    packages = [A("a", depends="b | c"), A("b"), A("c"), A("d", depends="b")]
+    assert closure(*packages, request="a b-") == {"a", "c"}
+    assert closure(*packages, request="b:amd64- a") == {"a", "c"}
+    error = refusal(*packages, request="d b-")
+    assert error.message == "packages: d can't be installed: d needs b; b is left out"
+
+
+def test_what_is_asked_for_or_in_every_system_cannot_be_left_out() -> None:
+    assert refusal(A("a"), request="a a-").message == "packages: a-: it can't be left out: it is asked for, too"
+    assert refusal(request="base-files-").message == "packages: base-files-: it can't be left out: every system has it"
+    assert refusal(A("ripgrep"), request="rigprep-").hint == "did you mean ripgrep?"
+
+
 def test_a_root_is_merged_without_usrmerge() -> None:
     both = [A("usrmerge", depends="perl", provides="usr-is-merged"), A("usr-is-merged"), A("perl")]
     helpers = A("helpers", essential="yes", depends="usrmerge | usr-is-merged")
