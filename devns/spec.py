@@ -19,11 +19,27 @@ Table = TypeVar("Table")
 
 
 @dataclass(frozen=True)
+class Repository:
+    """[[root.repository]]: an archive of packages beside Debian's, and the one key whose signature counts for it.
+
+    `uri` is what stands above dists/, without a last slash; `key` an armored certificate itself, or the absolute path
+    of a file that has it; `fingerprint` that of its primary key, in small letters.
+    """
+
+    uri: str
+    suite: str
+    key: str
+    fingerprint: str
+    components: tuple[str, ...] = ("main",)
+
+
+@dataclass(frozen=True)
 class Root:
     """[root]: where the root file system comes from and whether what is written to it stays."""
 
     source: str = field(default="host", metadata={"key": "from"})  # host | debian:SUITE | tar:PATH | dir:PATH
     packages: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
+    repositories: tuple[Repository, ...] = field(default=(), metadata={"key": "repository", "merge": "add"})
     writable: Literal["keep", "discard", "no"] = "keep"
 
 
@@ -90,12 +106,13 @@ class Said:
     """Who said what, as far as it decides which layers are shared: what stands in a named template makes the same
     layers beneath every project that extends it.
 
-    `packages` are those that the project's own files add to a named template's; `inputs` says for each command of
-    [build] how many of the inputs it sees: those named by the file it stands in and by what that extends; `env` are the
-    variables that commands see: the templates' own, whatever a single call adds.
+    `packages` and `repositories` are those that the project's own files add to a named template's; `inputs` says for
+    each command of [build] how many of the inputs it sees: those named by the file it stands in and by what that
+    extends; `env` are the variables that commands see: the templates' own, whatever a single call adds.
     """
 
     packages: tuple[str, ...] = ()
+    repositories: tuple[Repository, ...] = ()
     inputs: tuple[int, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,6 +153,10 @@ CORE: Mapping[str, type] = MappingProxyType(
 _SOURCES = ("host", "debian:SUITE", "tar:PATH", "dir:PATH")
 _SUITE = re.compile(r"[a-z][a-z0-9.-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9][A-Za-z0-9.+:~-]*)?")  # deb-control(5)
+_URI = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~+%=,:@-]+)*/?")
+_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*(?:/[A-Za-z0-9._+~-]+)*")
+_FINGERPRINT = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
+_ARMOR = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # environ(7)
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOSTNAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # RFC 1123, 2.1
@@ -173,29 +194,34 @@ def make_spec(document: Document, claims: Mapping[str, type]) -> Spec:
     _check_namespaces(core["namespaces"], document.at("namespaces"))
     _check_env(core["env"], document.at("env"))
     _check_shell(core["shell"], document.at("shell"))
+    root = _found(core["root"], document)
     return Spec(
         name=document.name,
         template=document.template,
         project=document.project,
         description=description,
-        **{**core, "root": replace(core["root"], source=_resolved(core["root"].source, document))},
+        **{**core, "root": root},
         tables={known[name]: table for name, table in decoded.items() if name not in CORE},
-        said=_said(document, core["root"], core["build"], core["env"]),
+        said=_said(document, root, core["build"], core["env"]),
     )
 
 
 def _said(document: Document, root: Root, build: Build, env: Env) -> Said:
     ranks = {file.path: -number for number, file in enumerate(document.files)}  # what is extended is below
     own = {file.path for file in document.files if file.kind == "project"}
-    packages = document.at("root").child("packages")
-    added = [name for i, name in enumerate(root.packages) if packages.item(i).file in own]
     based = document.at("root").child("from").file not in own  # else there is nothing of a template's to add to
+
+    def added(key: str, values: tuple[Table, ...]) -> tuple[Table, ...]:
+        list = document.at("root").child(key)
+        return tuple(value for i, value in enumerate(values) if based and list.item(i).file in own)
+
+    packages, repositories = added("packages", root.packages), added("repository", root.repositories)
     if not build.run:
-        return Said(tuple(added) if based else ())
+        return Said(packages, repositories)
     inputs = [ranks[document.at("build").child("inputs").item(i).file] for i in range(len(build.inputs))]
     run = [ranks[document.at("build").child("run").item(i).file] for i in range(len(build.run))]
     seen = tuple(sum(rank <= step for rank in inputs) for step in run)
-    return Said(tuple(added) if based else (), seen, env.set)
+    return Said(packages, repositories, seen, env.set)
 
 
 @dataclass(frozen=True)
@@ -211,15 +237,28 @@ def _belongs(name: str, known: Mapping[str, type]) -> str:
     return near(name, [*known, "description", "extends"]) or f"there is: {', '.join(sorted(known))}"
 
 
-def _resolved(source: str, document: Document) -> str:
-    """`source` with its path made absolute: "~" is the user's home, the rest is beside the file that says it."""
-    kind, _, path = source.partition(":")
-    if kind not in ("tar", "dir"):
-        return source
+def _found(root: Root, document: Document) -> Root:
+    """`root` with its paths made absolute and its repositories written in one way."""
+    at = document.at("root")
+    kind, _, path = root.source.partition(":")
+    if kind in ("tar", "dir"):
+        root = replace(root, source=f"{kind}:{_beside(path, at.child('from'), document)}")
+    repositories = []
+    for i, repository in enumerate(root.repositories):
+        key = repository.key
+        if not key.startswith(_ARMOR):
+            key = _beside(key, at.child("repository").item(i), document)
+        fingerprint = repository.fingerprint.replace(" ", "").lower()
+        uri = repository.uri.rstrip("/")
+        repositories.append(replace(repository, uri=uri, key=key, fingerprint=fingerprint))
+    return replace(root, repositories=tuple(repositories))
+
+
+def _beside(path: str, at: At, document: Document) -> str:
+    """`path` made absolute: "~" is the user's home, the rest is beside the file that says it."""
     if path == "~" or path.startswith("~/"):
         path = document.home + path[1:]
-    beside = posixpath.dirname(document.at("root").child("from").file)
-    return f"{kind}:{posixpath.normpath(posixpath.join(beside, path))}"
+    return posixpath.normpath(posixpath.join(posixpath.dirname(at.file), path))
 
 
 def _check_root(root: Root, at: At) -> None:
@@ -236,6 +275,30 @@ def _check_root(root: Root, at: At) -> None:
     for i, name in enumerate(root.packages):
         if not _PACKAGE.fullmatch(name):
             raise at.child("packages").item(i).error(f"no name of a package: {show(name)}")
+    for i, repository in enumerate(root.repositories):
+        _check_repository(repository, at.child("repository").item(i))
+        if kind != "debian":
+            raise at.child("repository").item(i).error(f"is for a debian: root, not {show(root.source)}")
+
+
+def _check_repository(repository: Repository, at: At) -> None:
+    uri, suite = repository.uri, repository.suite
+    if re.match(r"[a-z]+://[^/]*@", uri):  # who reads the file, or the root that it makes, would read that as well
+        raise at.child("uri").error("has a user in it", hint="a repository that wants a password can't be used")
+    if not _URI.fullmatch(uri) or ".." in uri.split("/"):
+        raise at.child("uri").error(f"no URL of a repository: {show(uri)}", hint="https://HOST/PATH, above dists/")
+    if suite.endswith("/"):
+        raise at.child("suite").error(f"a flat repository, which has no suites: {show(suite)}: devns reads none")
+    for key, value in (("suite", suite), *(("components", name) for name in repository.components)):
+        if not _COMPONENT.fullmatch(value) or ".." in value.split("/"):
+            raise at.child(key).error(f"no name of a {key.rstrip('s')}: {show(value)}")
+    if not repository.components:
+        raise at.child("components").error("is empty", hint='["main"] is what it is when it is left out')
+    if not _FINGERPRINT.fullmatch(repository.fingerprint.replace(" ", "")):
+        why = "40 hexadecimal digits, which gpg --show-keys prints; the short id of a key can be forged"
+        raise at.child("fingerprint").error(f"no fingerprint: {show(repository.fingerprint)}", hint=why)
+    if not repository.key.startswith(_ARMOR) and not (repository.key.isprintable() and repository.key.strip()):
+        raise at.child("key").error('must be a path, or begin with "-----BEGIN PGP PUBLIC KEY BLOCK-----"')
 
 
 def _check_build(build: Build, at: At) -> None:

@@ -12,10 +12,10 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from devns.debian import download, index, mirrors, openpgp, release, resolve
+from devns.debian import download, index, mirrors, openpgp, release, repository, resolve
 from devns.debian.download import Downloads, Wanted
 from devns.debian.errors import MirrorError, Untrusted
 from devns.debian.index import Package
@@ -25,9 +25,10 @@ from devns.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from devns.debian.index import Packages
-    from devns.debian.mirrors import Archive, Mirrors
+    from devns.debian.mirrors import Mirrors
     from devns.debian.openpgp import Trust
-    from devns.debian.release import Release
+    from devns.debian.release import Listed, Release
+    from devns.debian.repository import Repository
     from devns.host import Host
 
 SUITES = ("bookworm", "trixie")
@@ -38,7 +39,8 @@ _ARCHITECTURES = ("amd64", "arm64")
 @dataclass(frozen=True)
 class Selection:
     """What an environment is made of. `packages` by name; `released` says of when each suite was, in seconds since the
-    epoch; `sources` is the text of a deb822 .sources file for the apt inside, `lists` what it would have read by it."""
+    epoch; `sources` is the text of a deb822 .sources file for the apt inside, `files` what it is told of other
+    repositories, and `lists` what it would have read by them."""
 
     suite: str
     architecture: str
@@ -46,6 +48,7 @@ class Selection:
     sources: str
     released: Mapping[str, int]
     lists: Mapping[str, str]  # what apt would have in /var/lib/apt/lists after an update: name -> path in the cache
+    files: Mapping[str, str] = field(default_factory=dict)  # path in the root -> text
 
     @property
     def size(self) -> int:
@@ -62,8 +65,10 @@ def select(
     cache: str,
     progress: Progress | None = None,
     trust: Callable[[str], Trust] = openpgp.pinned,
+    repositories: Sequence[Repository] = (),
 ) -> Selection:
-    """What `packages` of `suite` come to today: the newest of main, updates and security, with all that they need.
+    """What `packages` of `suite` come to today: the newest of main, updates, security and `repositories`, with all that
+    they need.
 
     Reads the archive over the network. TemplateError for a suite or package that isn't there or can't be had,
     Unsupported (MirrorError among it) where the archive can't be reached or the cache not written, Untrusted where it
@@ -79,19 +84,22 @@ def select(
     for text in packages:
         resolve.read_request(text, architecture)  # before anything is read for it
     sources = mirrors.find(host)
-    progress.stage("read the archive's index", total=len(_suites(suite)), unit="files")
+    suites = [*_debians(suite, sources, trust), *map(_others, repositories)]
+    told = repository.files(repositories)  # an unfit key is said before anything is read
+    progress.stage("read the archive's index", total=len(suites), unit="files")
     try:
-        found = _Reader(architecture, sources, cache, trust).read_all(_suites(suite), progress.advance)
+        found = _Reader(architecture, sources, cache).read_all(suites, progress.advance)
     except OSError as error:
         raise download.on_disk(error, cache) from error
-    whole = index.Index([listed for _, listed in found], architecture)
+    whole = index.Index([listed for read in found for listed in read.packages], architecture)
     return Selection(
         suite=suite,
         architecture=architecture,
         packages=resolve.resolve(whole, packages),
         sources=_sources_file(suite, sources),
-        released={verified.suite: verified.date for verified, _ in found},
-        lists=_lists(suite, [verified for verified, _ in found], architecture, sources, cache),
+        released={read.release.name: read.release.date for read in found},
+        lists={name: path for read in found for name, path in read.lists.items()},
+        files=told,
     )
 
 
@@ -137,9 +145,37 @@ def path_of(package: Package, cache: str) -> str:
 # --- the index ------------------------------------------------------------------------------------------------------
 
 
-def _suites(suite: str) -> tuple[tuple[str, Archive], ...]:
+@dataclass(frozen=True)
+class _Suite:
+    """One that is read: of Debian's, or of another repository, whose name in the cache is a hash."""
+
+    suite: str
+    archive: str  # "main", "security", or its URL
+    url: str  # above dists/
+    trust: Trust
+    stem: str
+    components: tuple[str, ...] = ("main",)
+    repository: str | None = None  # its name, where it isn't Debian's
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one is today. `lists` are its part of `Selection.lists`."""
+
+    release: Release
+    packages: tuple[Packages, ...]
+    lists: Mapping[str, str]
+
+
+def _debians(suite: str, sources: Mirrors, trust: Callable[[str], Trust]) -> tuple[_Suite, ...]:
     """What makes up a release, in the order in which `sources` names it to apt."""
-    return (suite, "main"), (f"{suite}-updates", "main"), (f"{suite}-security", "security")
+    places = (suite, "main"), (f"{suite}-updates", "main"), (f"{suite}-security", "security")
+    return tuple(_Suite(name, archive, sources.url(archive), trust(name), name) for name, archive in places)
+
+
+def _others(said: Repository) -> _Suite:
+    stem = f"repository-{hashlib.sha256(said.name.encode()).hexdigest()[:32]}"
+    return _Suite(said.suite, said.uri, said.uri, said.trust, stem, said.components, said.name)
 
 
 @dataclass(frozen=True)
@@ -149,19 +185,13 @@ class _Reader:
     architecture: str
     sources: Mirrors
     cache: str
-    trust: Callable[[str], Trust]
 
-    def read_all(
-        self, suites: Sequence[tuple[str, Archive]], advance: Callable[[], None]
-    ) -> list[tuple[Release, Packages]]:
+    def read_all(self, suites: Sequence[_Suite], advance: Callable[[], None]) -> list[_Read]:
         """All suites at once: decompressing and hashing leave the interpreter's lock alone."""
         sessions = [Session(self.sources.route) for _ in suites]
         pool = concurrent.futures.ThreadPoolExecutor(len(suites))
         try:
-            jobs = [
-                pool.submit(self.read, suite, archive, session)
-                for (suite, archive), session in zip(suites, sessions, strict=True)
-            ]
+            jobs = [pool.submit(self.read, suite, session) for suite, session in zip(suites, sessions, strict=True)]
             for job in concurrent.futures.as_completed(jobs):
                 job.result()  # the first error ends the others
                 advance()
@@ -171,47 +201,70 @@ class _Reader:
                 session.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, suite: str, archive: Archive, session: Session) -> tuple[Release, Packages]:
-        with session:
-            base = f"{self.sources.url(archive)}/dists/{suite}"
-            data = session.read(f"{base}/InRelease", limit=release.LIMIT)
-            verified = release.read(
-                data,
-                suite=suite,
-                architecture=self.architecture,
-                trust=self.trust(suite),
-                now=time.time(),
-                fresh=self.sources.fresh,
-            )
-            release.refuse_older(verified, f"{self.cache}/releases")
-            packages = self._packages(verified, base, session)
-            # Only now: a Release whose index never came would lock out the older one that is whole.
-            release.remember(verified, f"{self.cache}/releases")
-            _keep(f"{self.cache}/indexes/{suite}.InRelease", data)
-            return verified, index.scan(packages, suite=suite, archive=archive)
+    def read(self, suite: _Suite, session: Session) -> _Read:
+        try:
+            with session:
+                return self._read(suite, session)
+        except MirrorError as error:
+            if suite.repository is None:
+                raise
+            raise MirrorError(f"root.repository: {error.message}", hint="uri is what stands above dists/") from error
 
-    def _packages(self, verified: Release, base: str, session: Session) -> bytes:
-        """The Packages file that `verified` promises, from the cache or from the net."""
-        entry, packed = release.index(verified, self.architecture)
-        directory, prefix = f"{self.cache}/indexes", f"{verified.suite}-{self.architecture}-"
+    def _read(self, suite: _Suite, session: Session) -> _Read:
+        base = f"{suite.url}/dists/{suite.suite}"
+        data = session.read(f"{base}/InRelease", limit=release.LIMIT)
+        verified = release.read(
+            data,
+            suite=suite.suite,
+            architecture=self.architecture,
+            trust=suite.trust,
+            now=time.time(),
+            ages=self.sources.ages[suite.archive if suite.repository is None else ""],
+            repository=suite.repository,
+        )
+        release.refuse_older(verified, f"{self.cache}/releases")
+        if suite.repository is None:
+            wanted: tuple[Listed, ...] = (release.index(verified, self.architecture),)
+        else:
+            wanted = release.indexes(verified, self.architecture, suite.components)
+        packages, lists = [], {}
+        names = _apt_name(base)
+        for listed in wanted:
+            path, text = self._packages(verified, listed, suite, base, session)
+            where = suite.repository or suite.suite
+            packages.append(index.scan(text, suite=where, archive=suite.archive, priority=verified.priority))
+            lists[f"{names}_{listed.component.replace('/', '_')}_binary-{listed.architecture}_Packages"] = path
+        # Only now: a Release whose index never came would lock out the older one that is whole.
+        release.remember(verified, f"{self.cache}/releases")
+        kept = lists[f"{names}_InRelease"] = f"{self.cache}/indexes/{suite.stem}.InRelease"
+        _keep(kept, data)
+        return _Read(verified, tuple(packages), lists)
+
+    def _packages(
+        self, verified: Release, listed: Listed, suite: _Suite, base: str, session: Session
+    ) -> tuple[str, bytes]:
+        """The Packages file that `verified` promises, from the cache or from the net, and its path in the cache."""
+        entry, directory = listed.whole, f"{self.cache}/indexes"
+        component = f"-{listed.component.replace('/', '_')}" if suite.repository else ""
+        prefix = f"{suite.stem}{component}-{listed.architecture}-"
         path = f"{directory}/{prefix}{entry.sha256}"
         with contextlib.suppress(OSError), open(path, "rb") as file:
             data = file.read(entry.size + 1)
             if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:
-                return data
-        packing, source = packed[0]
+                return path, data
+        packing, source = listed.packed[0]
         wanted = Wanted(f"{base}/{source.path}", f"{path}{packing}.packed", source.size, source.sha256)
         self._fetch(wanted, session, by_hash=verified.by_hash)
         with open(wanted.path, "rb") as file:
             data = index.decompress(file.read(source.size + 1), packing, entry.size)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise Untrusted(f"{verified.suite}: {source.path} does not unpack to what the Release promises")
+            raise Untrusted(f"{verified.name}: {source.path} does not unpack to what the Release promises")
         _keep(path, data)
         for name in os.listdir(directory):  # what it replaces, and what it was made from
             if name.startswith(prefix) and name != os.path.basename(path):
                 with contextlib.suppress(OSError):
                     os.unlink(f"{directory}/{name}")
-        return data
+        return path, data
 
     def _fetch(self, wanted: Wanted, session: Session, *, by_hash: bool) -> None:
         """By its hash where the archive has that: it is there even while the mirror is being updated."""
@@ -239,14 +292,8 @@ def _sources_file(suite: str, sources: Mirrors) -> str:
     return "\n".join(stanzas)
 
 
-def _lists(suite: str, releases: Sequence[Release], architecture: str, sources: Mirrors, cache: str) -> dict[str, str]:
-    """With these apt installs at once, from what was verified here. The names are those of apt's URItoFileName()."""
-    lists = {}
-    for (name, archive), verified in zip(_suites(suite), releases, strict=True):
-        url = mirrors.hide(sources.url(archive)).partition("://")[2]
-        quoted = "".join(f"%{ord(char):02x}" if char in '\\|{}[]<>"^~_=!@#$%&*' else char for char in url)
-        stem = f"{quoted}/dists/{name}/".replace("/", "_")
-        entry, _packed = release.index(verified, architecture)
-        lists[f"{stem}InRelease"] = f"{cache}/indexes/{name}.InRelease"
-        lists[f"{stem}main_binary-{architecture}_Packages"] = f"{cache}/indexes/{name}-{architecture}-{entry.sha256}"
-    return lists
+def _apt_name(url: str) -> str:
+    """What apt's files of `url` begin with in /var/lib/apt/lists: its URItoFileName()."""
+    place = mirrors.hide(url).partition("://")[2]
+    quoted = "".join(f"%{ord(char):02x}" if char in '\\|{}[]<>"^~_=!@#$%&*' else char for char in place)
+    return quoted.replace("/", "_")

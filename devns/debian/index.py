@@ -12,17 +12,13 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from devns.debian import version
 from devns.debian.errors import Untrusted
 
-if TYPE_CHECKING:
-    from devns.debian.mirrors import Archive
-
 PARAGRAPH_MAX = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,127}")
-_FILENAME = re.compile(r"(?!(?:.*/)?\.\.?/)[A-Za-z0-9][A-Za-z0-9._+~:@%=,-]*(?:/[A-Za-z0-9._+~:@%=,-]+)*\.deb")
+_FILENAME = re.compile(r"(?:\./)?(?!(?:.*/)?\.\.?/)[A-Za-z0-9][A-Za-z0-9._+~:@%=,-]*(?:/[A-Za-z0-9._+~:@%=,-]+)*\.deb")
 _RELATION = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::([a-z0-9-]+))?(?:\s*\(\s*(<<|<=|=|>=|>>|<|>)\s*([^\s()]+)\s*\))?")
 _FIELD = re.compile(r"([A-Za-z][A-Za-z0-9-]*):[ \t]*(.*)")
 _PRIORITIES = {"required": 1, "important": 2, "standard": 3, "optional": 4, "extra": 5}
@@ -44,7 +40,7 @@ class Package:
     essential: bool
     multi_arch: str  # "no", "same", "foreign" or "allowed"
     priority: str
-    archive: Archive = "main"
+    archive: str = "main"  # Debian's "main" or "security", or the URL of another
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,14 @@ class Packages:
     """One Packages file and where in it each name stands."""
 
     suite: str
-    archive: Archive
+    archive: str
     data: bytes
     offsets: Mapping[str, Sequence[int]]
+    priority: int = 500  # of its versions; apt_preferences(5)
+
+    @property
+    def is_debians(self) -> bool:
+        return self.archive in ("main", "security")
 
 
 def is_name(text: str) -> bool:
@@ -110,25 +111,32 @@ def decompress(data: bytes, packing: str, size: int) -> bytes:
     return unpacked
 
 
-def scan(data: bytes, *, suite: str, archive: Archive) -> Packages:
-    """Where every paragraph begins. The name is each one's first field, as Debian writes it; else Untrusted."""
+def scan(data: bytes, *, suite: str, archive: str, priority: int = 500) -> Packages:
+    """Where every paragraph begins. The name is mostly each one's first field; Untrusted where there is none."""
     offsets: dict[str, list[int]] = {}
-    start, count, find = 0, 0, data.find
+    start, count = 0, 0
     while start < len(data):
-        end = find(b"\n", start)
-        if data[start : start + 9] != b"Package: " or end < 0:
-            raise Untrusted(f"{suite}: Packages: a paragraph that doesn't begin with its name at byte {start}")
-        offsets.setdefault(data[start + 9 : end].decode("ascii", "replace"), []).append(start)
+        if data[start] == 10:  # one empty line more than there need be
+            start += 1
+            continue
+        stop = data.find(b"\n\n", start)
+        stop = len(data) if stop < 0 else stop
+        name = _name(data, start, stop)
+        if not name:
+            raise Untrusted(f"{suite}: Packages: a paragraph without a name at byte {start}")
+        offsets.setdefault(name, []).append(start)
         count += 1
-        stop = find(b"\n\n", end)
-        start = stop + 2 if stop >= 0 else len(data)
-    if data.count(b"\nPackage:") != max(count - 1, 0):
+        start = stop + 2
+    if data.count(b"\nPackage:") + data.startswith(b"Package:") != count:
         raise Untrusted(f"{suite}: Packages: a paragraph with two names")
-    return Packages(suite, archive, data, offsets)
+    return Packages(suite, archive, data, offsets, priority)
 
 
 class Index:
-    """Several Packages files as one: of each package the newest version, which is apt's candidate."""
+    """Several Packages files as one: of each package the newest version, which is apt's candidate.
+
+    A file of lower priority counts where no other has the package.
+    """
 
     def __init__(self, files: Sequence[Packages], architecture: str) -> None:
         self.files = tuple(files)
@@ -161,7 +169,7 @@ class Index:
         return chosen
 
     def versions(self, name: str) -> tuple[str, ...]:
-        """Every version of `name` that is there, the newest first."""
+        """Every version of `name` that is there, apt's favourite first."""
         return tuple(paragraph.package.version for paragraph, _ in self._versions(name))
 
     def providers(self, name: str) -> list[tuple[Paragraph, str | None]]:
@@ -187,10 +195,11 @@ class Index:
         return tuple(group for key in ("Recommends", "Suggests") for group in relations(fields.get(key, ""), where))
 
     def essential(self) -> tuple[str, ...]:
-        """The names of all packages that are Essential, in the order of the files."""
+        """The names of all packages that Debian calls Essential, in the order of the files."""
         names = [
             name
             for packages in self.files
+            if packages.is_debians
             for at in _everywhere(packages.data, b"\nEssential: yes\n")
             for name in [_name_at(packages.data, at)]
         ]
@@ -225,20 +234,23 @@ class Index:
         return None
 
     def _versions(self, name: str) -> list[tuple[Paragraph, tuple[Packages, int]]]:
-        """Every version of `name` and where it is, the newest first; of the same one in two files the first."""
+        """Every version of `name` and where it is, apt's favourite first; of one in two files the first."""
         found: dict[str, tuple[Paragraph, tuple[Packages, int]]] = {}
+        priorities: dict[str, int] = {}
         for packages in self.files:
             for start in packages.offsets.get(name, ()):
                 paragraph = parse(packages, start, self.architecture)
                 package = paragraph.package
                 before, (other, _) = found.setdefault(package.version, (paragraph, (packages, start)))
+                priorities[package.version] = max(packages.priority, priorities.get(package.version, 0))
                 if not _same(package, before.package):
                     where = packages.suite if packages is other else f"{other.suite} and {packages.suite}"
                     raise Untrusted(
                         f"{where}: {name} {package.version} is there twice, with different contents",
                         hint="the mirror is broken, or of two different times",
                     )
-        return sorted(found.values(), key=lambda row: version.key(row[0].package.version), reverse=True)
+        order = {said: (priorities[said], version.key(said)) for said in found}
+        return [found[said] for said in sorted(found, key=order.__getitem__, reverse=True)]
 
 
 def parse(packages: Packages, start: int, architecture: str) -> Paragraph:
@@ -263,7 +275,7 @@ def parse(packages: Packages, start: int, architecture: str) -> Paragraph:
         name=name,
         version=fields["Version"],
         architecture=fields["Architecture"],
-        filename=need("Filename", _FILENAME),
+        filename=need("Filename", _FILENAME).removeprefix("./"),
         size=int(need("Size", r"[0-9]{1,13}")),
         sha256=need("SHA256", r"[0-9a-f]{64}"),
         essential=fields.get("Essential") == "yes",
@@ -337,9 +349,18 @@ def _start(data: bytes, at: int) -> int:
     return data.rfind(b"\n\n", 0, at) + 2 if data.rfind(b"\n\n", 0, at) >= 0 else 0
 
 
+def _name(data: bytes, start: int, stop: int) -> str:
+    """Whose paragraph begins at `start`; "" where it doesn't say so."""
+    at = start
+    if not data.startswith(b"Package: ", start):
+        at = data.find(b"\nPackage: ", start, stop) + 1 or stop
+    end = data.find(b"\n", at, stop)
+    return data[at + 9 : end if end >= 0 else stop].decode("ascii", "replace").strip()
+
+
 def _name_at(data: bytes, at: int) -> str:
-    start = _start(data, at)
-    return data[start + 9 : data.find(b"\n", start)].decode("ascii", "replace")
+    stop = data.find(b"\n\n", at)
+    return _name(data, _start(data, at), stop if stop >= 0 else len(data))
 
 
 def _names_provided(files: Sequence[Packages]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +166,9 @@ def _configure(
 ) -> None:
     """Run each preinst, then `dpkg --configure -a`, in the new root itself."""
     progress.stage("configure", total=len(selection.packages), unit="packages")
-    files = {
+    made = {
         "/etc/apt/sources.list.d/debian.sources": selection.sources,
+        **selection.files,
         "/etc/apt/apt.conf.d/00devns": apt_conf(map),
         # An interrupted install is repeated, never half trusted; and in an overlay each fsync is dear.
         "/etc/dpkg/dpkg.cfg.d/devns": "force-unsafe-io\n",
@@ -181,8 +182,8 @@ def _configure(
         tmpfs("/run"),
         bind(later, _LATER, readonly=False),
         *_postponed(host.realpath(root)),
-        file("/run/devns/configure", _script(selection, preinsts, list(files), built)),
-        *(file(f"/run/devns/files/{number}", text) for number, text in enumerate(files.values())),
+        file("/run/devns/configure", _script(selection, preinsts, list(made), built)),
+        *files(made.values()),
         *(bind(path, f"/run/devns/lists/{name}") for name, path in selection.lists.items()),
     ]
     plan = sealed.sealed_plan(
@@ -216,11 +217,21 @@ def apt_conf(map: str) -> str:
     return 'APT::Sandbox::User "root";\n' if map == "single" else ""
 
 
-def _script(selection: Selection, preinsts: Sequence[str], files: Sequence[str], built: int) -> str:
+def files(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Files that are ours, where `copies` finds them."""
+    for number, text in enumerate(texts):
+        yield file(f"/run/devns/files/{number}", text)
+
+
+def copies(paths: Sequence[str]) -> Iterator[str]:
+    """Each of them to its place in the layer."""
+    for number, path in enumerate(paths):
+        yield f"mkdir -p {shlex.quote(os.path.dirname(path))}; cp /run/devns/files/{number} {shlex.quote(path)}"
+
+
+def _script(selection: Selection, preinsts: Sequence[str], paths: Sequence[str], built: int) -> str:
     """What runs inside, readable: the files that are ours, the preinsts, the configuration, and a tidy end."""
-    lines = ["set -eu", "umask 022"]
-    for number, path in enumerate(files):
-        lines.append(f"mkdir -p {shlex.quote(os.path.dirname(path))}; cp /run/devns/files/{number} {shlex.quote(path)}")
+    lines = ["set -eu", "umask 022", *copies(paths)]
     lines += ["chmod 755 /usr/sbin/policy-rc.d", f"export DPKG_MAINTSCRIPT_ARCH={selection.architecture}"]
     versions = {package.name: package.version for package in selection.packages}
     lines.append(f"export DPKG_RUNNING_VERSION={shlex.quote(versions['dpkg'])}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from devns.host import Host
 
-    Archive = Literal["main", "security"]
+    Archive = Literal["main", "security"]  # of Debian's two
 
 VARIABLE = "DEVNS_DEBIAN_MIRROR"
 SECURITY_VARIABLE = "DEVNS_DEBIAN_SECURITY_MIRROR"
@@ -59,17 +59,29 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Ages:
+    """How old and how new a Release may be, as apt here is told; in seconds. apt.conf(5), "Acquire"."""
+
+    check_until: bool = True  # Check-Valid-Until
+    check_date: bool = True  # Check-Date; where it is off the clock counts for nothing
+    future: int = 10  # Max-FutureTime
+    shortest: int = 0  # Min-ValidTime
+    longest: int = 0  # Max-ValidTime; 0 is forever
+
+
+@dataclass(frozen=True)
 class Mirrors:
-    """Both archives of Debian. `origin` says who named them; `fresh` is False where apt here ignores Valid-Until."""
+    """Both archives of Debian. `origin` says who named them; `ages` has a row for each, and "" for other archives."""
 
     main: str
     security: str
     origin: str
-    fresh: bool
+    ages: Mapping[str, Ages]
     route: Route
 
-    def url(self, archive: Archive) -> str:
-        return self.security if archive == "security" else self.main
+    def url(self, archive: str) -> str:
+        """The root of "main" or "security"; any other archive is called by its URL."""
+        return {"main": self.main, "security": self.security}.get(archive, archive)
 
 
 def find(host: Host) -> Mirrors:
@@ -96,9 +108,11 @@ def find(host: Host) -> Mirrors:
             "this machine names no mirror of Debian's security archive",
             hint=f"set {SECURITY_VARIABLE} to the URL above dists/ of one",
         )
-    asked = [fresh for uri, _, fresh in entries if uri in (main, security) and fresh is not None]
-    fresh = all(asked) if asked else conf.get("acquire::check-valid-until", "true").lower() in _TRUE
-    return Mirrors(main, security, origin, fresh, route(host, conf))
+    ages = {"": _ages(conf, "", {})}
+    for archive, url, label in (("main", main, "debian"), ("security", security, "debian-security")):
+        options = next((options for uri, _, options in entries if uri == url), {})
+        ages[archive] = _ages(conf, label, options)
+    return Mirrors(main, security, origin, ages, route(host, conf))
 
 
 def route(host: Host, conf: Mapping[str, str]) -> Route:
@@ -191,8 +205,8 @@ def check(url: object, origin: str) -> str | None:
 # --- the host's apt sources -----------------------------------------------------------------------------------------
 
 
-def _sources(host: Host) -> Iterator[tuple[str, Archive, bool | None]]:
-    """(URI, archive, Check-Valid-Until) of every enabled entry that looks like Debian's own, likeliest first."""
+def _sources(host: Host) -> Iterator[tuple[str, Archive, Mapping[str, str]]]:
+    """(URI, archive, options) of every enabled entry that looks like Debian's own, likeliest first."""
     found = []
     for path in _source_files(host):
         text = host.read(path)
@@ -202,10 +216,10 @@ def _sources(host: Host) -> Iterator[tuple[str, Archive, bool | None]]:
         for entry in parse(text):
             for uri in _expand(host, entry.uri):
                 if archive := _archive(uri, entry):
-                    found.append((not entry.signed_by_debian, uri.rstrip("/"), archive, entry.check_valid_until))
+                    found.append((not entry.signed_by_debian, uri.rstrip("/"), archive, entry.options))
     # A vendor may call its archive "debian" too; an entry that names Debian's own keys is surely Debian's.
-    for _, uri, archive, fresh in sorted(found, key=lambda row: row[0]):
-        yield uri, archive, fresh
+    for _, uri, archive, options in sorted(found, key=lambda row: row[0]):
+        yield uri, archive, options
 
 
 def _source_files(host: Host) -> Iterator[str]:
@@ -228,11 +242,6 @@ class Entry:
     @property
     def signed_by_debian(self) -> bool:
         return "debian-archive" in self.options.get("signed-by", "")
-
-    @property
-    def check_valid_until(self) -> bool | None:
-        said = self.options.get("check-valid-until")
-        return None if said is None else said.lower() in _TRUE
 
 
 def parse_list(text: str) -> Iterator[Entry]:
@@ -284,6 +293,25 @@ def _archive(uri: str, entry: Entry) -> Archive | None:
     return "security" if suite[1] or suite[2] else "main"
 
 
+def _ages(conf: Mapping[str, str], label: str, options: Mapping[str, str]) -> Ages:
+    """What apt's configuration says, for an archive of this label, and the options of its entry, which win."""
+
+    def yes(key: str) -> bool:
+        return (options.get(key) or conf.get(f"acquire::{key}", "true")).lower() in _TRUE
+
+    def seconds(key: str, option: str, default: int = 0) -> int:
+        said = options.get(option) or conf.get(f"acquire::{key}::{label}") or conf.get(f"acquire::{key}", "")
+        return int(said) if re.fullmatch(r"[0-9]{1,10}", said) else default
+
+    return Ages(
+        yes("check-valid-until"),
+        yes("check-date"),
+        seconds("max-futuretime", "date-max-future", 10),
+        seconds("min-validtime", "valid-until-min"),
+        seconds("max-validtime", "valid-until-max"),
+    )
+
+
 # --- apt.conf -------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r'"((?:[^"\\\n]|\\.)*)"|([{};])|(?://|#(?!clear|include))[^\n]*|/\*(?s:.*?)\*/|([^\s{};"]+)')
@@ -297,7 +325,8 @@ def read_apt_conf(host: Host) -> Mapping[str, str]:
         if re.fullmatch(r"[A-Za-z0-9_-]+(\.conf)?", name)
     ]
     conf: dict[str, str] = {}
-    for path in [*names, "/etc/apt/apt.conf"]:
+    said = host.environ.get("APT_CONFIG", "")
+    for path in [*([said] if said.startswith("/") else []), *names, "/etc/apt/apt.conf"]:
         conf.update(parse_apt_conf(host.read(path) or ""))
     return conf
 

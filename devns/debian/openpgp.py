@@ -1,7 +1,7 @@
 """Who signed this? One way, used everywhere: Sequoia, asked for nothing but the keys pinned for one suite.
 
-Keys are shipped with devns, never fetched, and pinned by the fingerprint of their primary key, so that a key that is
-good for one suite says nothing about another. docs/decisions/0003-openpgp.md tells why.
+Debian's keys are shipped with devns, never fetched, and pinned by the fingerprint of their primary key, so that a key
+that is good for one suite says nothing about another. docs/decisions/0003-openpgp.md tells why.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from devns.debian.errors import Untrusted
-from devns.errors import Unsupported
+from devns.errors import TemplateError, Unsupported
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,26 @@ def verify(data: bytes, trust: Trust, *, name: str, now: float) -> Signed:
     return Signed(bytes(result.bytes), good)
 
 
+def pick(key: str, fingerprint: str, *, name: str) -> str:
+    """The certificate in `key` that has this primary fingerprint, armored. TemplateError where there is none.
+
+    `key` is a file as `Host.read` gives it: armored or not, one certificate or several.
+    """
+    try:
+        certificates = _sequoia().Cert.split_bytes(key.encode("utf-8", "surrogateescape"))
+    except (RuntimeError, ValueError, OSError) as error:  # whatever Sequoia's own error became
+        raise TemplateError(f"{name}: no OpenPGP certificate: {_first_line(error)}") from error
+    found = {certificate.fingerprint.lower(): certificate for certificate in certificates}
+    if fingerprint not in found:
+        others = ", ".join(sorted(found)[:4]) or "none"
+        raise TemplateError(f"{name}: it has no key with the fingerprint {fingerprint}", hint=f"it has {others}")
+    return str(found[fingerprint])
+
+
 def refuse_odd_shape(data: bytes, name: str) -> None:
     """Refuse all but the plain shape: one signed text, one signature block, nothing around them.
 
-    The verifier copes with odder ones; a file that needs that isn't Debian's.
+    The verifier copes with odder ones; a file that needs that is no archive's.
     """
     body = data[len(_BEGIN) :]
     headers = _HEADERS.match(body)
@@ -121,7 +137,7 @@ def refuse_odd_shape(data: bytes, name: str) -> None:
         odd = f"it has a line of more than {_LINE_MAX} bytes"
     else:
         return
-    raise Untrusted(f"{name}: not a file that Debian signs: {odd}", hint="what answers there is no Debian mirror")
+    raise Untrusted(f"{name}: not a signed Release file: {odd}", hint="what answers there is no mirror of packages")
 
 
 def _sequoia() -> ModuleType:

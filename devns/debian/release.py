@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import calendar
 import email.utils
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from devns.debian import openpgp
 from devns.debian.errors import Untrusted
+from devns.debian.mirrors import Ages
 
 LIMIT = 4 << 20  # bytes of an InRelease file; Debian's largest has 150 KB
 
@@ -31,14 +33,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Release:
-    """A suite at one moment. `files` by their path beneath `dists/SUITE/`; times are seconds since the epoch."""
+    """A suite at one moment. `files` by their path beneath `dists/SUITE/`; times are seconds since the epoch.
 
-    suite: str
+    `name` is what errors and records call it; `priority` is what apt gives its versions when nobody pins any.
+    """
+
+    name: str
     date: int
     valid_until: int | None
     by_hash: bool
     files: Mapping[str, Entry]
     signers: tuple[str, ...]
+    priority: int = 500
 
 
 def read(
@@ -48,28 +54,73 @@ def read(
     architecture: str,
     trust: openpgp.Trust,
     now: float,
-    fresh: bool = True,
+    ages: Ages = Ages(),
+    repository: str | None = None,
 ) -> Release:
     """The InRelease file `data` of `suite`. Untrusted unless it is signed, of this suite and not past its time.
 
-    `now` is in seconds since the epoch; `fresh=False` leaves Valid-Until unread, as apt's Acquire::Check-Valid-Until.
+    It is Debian's, or of the `repository` of this name. `now` is in seconds since the epoch.
     """
-    name = f"{suite}/InRelease"
+    name = f"{repository or suite}/InRelease"
     signed = openpgp.verify(data, trust, name=name, now=now)
-    release = parse(signed.text, suite=suite, architecture=architecture, signers=signed.signers)
-    if fresh and release.valid_until is not None and release.valid_until < now:
+    release = parse(signed.text, suite=suite, architecture=architecture, signers=signed.signers, repository=repository)
+    # The signer's clock and ours: a Release of tomorrow would be kept as the newest, and lock out all until then.
+    if ages.check_date and release.date > now + ages.future:
         raise Untrusted(
-            f"{name}: it was good until {utc(release.valid_until)}, and now it is {utc(now)}",
-            hint="the mirror has stood still, or this machine's clock is wrong",
+            f"{name}: it is of {utc(release.date)}, and now it is {utc(now)}",
+            hint="this machine's clock is wrong? apt's Acquire::Check-Date \"false\" is heeded",
+        )
+    until = _until(release, ages)
+    if ages.check_date and ages.check_until and until is not None and until < now:
+        raise Untrusted(
+            f"{name}: it was good until {utc(until)}, and now it is {utc(now)}",
+            hint="the mirror has stood still, or this machine's clock is wrong; "
+            'apt\'s Acquire::Check-Valid-Until "false" is heeded',
         )
     return release
 
 
-def parse(text: bytes, *, suite: str, architecture: str, signers: tuple[str, ...] = ()) -> Release:
-    """A Release that is known to be signed. Untrusted unless it is the one of `suite` and has this architecture."""
-    name = f"{suite}/InRelease"
-    fields, files = _fields(text, name)
+def _until(release: Release, ages: Ages) -> int | None:
+    """When it ends: as it says itself, within apt's Min-ValidTime and Max-ValidTime. apt.conf(5)"""
+    until = release.valid_until
+    if until is not None and ages.shortest:
+        until = max(until, release.date + ages.shortest)
+    if ages.longest:
+        longest = release.date + ages.longest
+        until = longest if until is None else min(until, longest)
+    return until
 
+
+def parse(
+    text: bytes, *, suite: str, architecture: str, signers: tuple[str, ...] = (), repository: str | None = None
+) -> Release:
+    """A Release that is known to be signed. Untrusted unless it is the one of `suite` and has this architecture."""
+    name = f"{repository or suite}/InRelease"
+    fields, files = _fields(text, name)
+    if repository is None:
+        _refuse_all_but_debians(fields, suite, name)
+    elif suite not in (fields.get("codename"), fields.get("suite")):
+        said = " or ".join(filter(None, (fields.get("suite"), fields.get("codename")))) or "no suite"
+        raise Untrusted(f"{name}: it is the file of {said}, not of {suite}", hint=f'suite = "{said.split()[-1]}"')
+    has = fields.get("architectures", "").split()
+    if architecture not in has and (repository is None or "all" not in has):
+        raise Untrusted(f"{name}: {suite} has no {architecture}", hint=f"it has {fields.get('architectures')}")
+    if not files:
+        raise Untrusted(f"{name}: it has no SHA256 list; weaker ones are not read")
+    date = _time(fields.get("date"))
+    if date is None:
+        raise Untrusted(f"{name}: its Date is missing or no date: {fields.get('date')!r}")
+    until = _time(fields.get("valid-until"))
+    if until is None and "valid-until" in fields:
+        raise Untrusted(f"{name}: its Valid-Until is no date: {fields['valid-until']!r}")
+    priority = 500
+    if fields.get("notautomatic") == "yes":
+        priority = 100 if fields.get("butautomaticupgrades") == "yes" else 1
+    by_hash = fields.get("acquire-by-hash") == "yes"
+    return Release(repository or suite, date, until, by_hash, files, signers, priority)
+
+
+def _refuse_all_but_debians(fields: Mapping[str, str], suite: str, name: str) -> None:
     # A validly signed file of another suite is the classic substitution. The codename never changes; Suite does,
     # from stable to oldstable, but what hangs behind it doesn't.
     said = fields.get("codename", "")
@@ -79,31 +130,37 @@ def parse(text: bytes, *, suite: str, architecture: str, signers: tuple[str, ...
         raise Untrusted(f"{name}: it calls itself {fields.get('suite')!r}, which is no name of {suite}")
     if fields.get("origin") != "Debian" or fields.get("label") not in ("Debian", "Debian-Security"):
         raise Untrusted(f"{name}: it is not Debian's: origin {fields.get('origin')!r}, label {fields.get('label')!r}")
-    if architecture not in fields.get("architectures", "").split():
-        raise Untrusted(f"{name}: {suite} has no {architecture}", hint=f"it has {fields.get('architectures')}")
     if not {"main", "updates/main"} & set(fields.get("components", "").split()):  # security's name for it
         raise Untrusted(f"{name}: {suite} has no component main")
-    if not files:
-        raise Untrusted(f"{name}: it has no SHA256 list; weaker ones are not read")
-    date = _time(fields.get("date"))
-    if date is None:
-        raise Untrusted(f"{name}: its Date is missing or no date: {fields.get('date')!r}")
-    until = _time(fields.get("valid-until"))
-    if until is None and "valid-until" in fields:
-        raise Untrusted(f"{name}: its Valid-Until is no date: {fields['valid-until']!r}")
-    return Release(suite, date, until, fields.get("acquire-by-hash") == "yes", files, signers)
 
 
-def index(release: Release, architecture: str) -> tuple[Entry, tuple[tuple[str, Entry], ...]]:
-    """The Packages file of main as it must be in the end, and what can be fetched for it, (packing, entry), best first.
+@dataclass(frozen=True)
+class Listed:
+    """A Packages file: as it must be in the end, and what can be fetched for it, (packing, entry), best first."""
 
-    An index that the Release doesn't list by name, size and SHA256 is not there.
-    """
-    path = f"main/binary-{architecture}/Packages"
+    component: str
+    architecture: str
+    whole: Entry
+    packed: tuple[tuple[str, Entry], ...]
+
+
+def index(release: Release, architecture: str, component: str = "main") -> Listed:
+    """The Packages file of `component`. One that the Release doesn't list by name, size and SHA256 is not there."""
+    path = f"{component}/binary-{architecture}/Packages"
     if path not in release.files:
-        raise Untrusted(f"{release.suite}/InRelease: it does not list {path}")
+        raise Untrusted(f"{release.name}/InRelease: it does not list {path}")
     packed = [(kind, release.files.get(path + kind)) for kind in (".xz", ".gz", "")]
-    return release.files[path], tuple((kind, entry) for kind, entry in packed if entry is not None)
+    found = tuple((kind, entry) for kind, entry in packed if entry is not None)
+    return Listed(component, architecture, release.files[path], found)
+
+
+def indexes(release: Release, architecture: str, components: Sequence[str]) -> tuple[Listed, ...]:
+    """The Packages files of a repository. Where it lists one for "all", what is in there need not be in the others."""
+    found = []
+    for component in components:
+        has = [name for name in (architecture, "all") if f"{component}/binary-{name}/Packages" in release.files]
+        found += [index(release, name, component) for name in has or [architecture]]
+    return tuple(found)
 
 
 # --- rollback -------------------------------------------------------------------------------------------------------
@@ -111,7 +168,7 @@ def index(release: Release, architecture: str) -> tuple[Entry, tuple[tuple[str, 
 
 def refuse_older(release: Release, directory: str) -> None:
     """Untrusted where a newer Release of this suite was verified before: old data, well signed, is an attack."""
-    path = _record(directory, release.suite)
+    path = _record(directory, release.name)
     try:
         with open(path, encoding="utf-8") as file:
             seen = json.load(file)["date"]
@@ -119,7 +176,7 @@ def refuse_older(release: Release, directory: str) -> None:
         return
     if isinstance(seen, int) and release.date < seen:
         raise Untrusted(
-            f"{release.suite}/InRelease: it is of {utc(release.date)}, older than the one of {utc(seen)} seen before",
+            f"{release.name}/InRelease: it is of {utc(release.date)}, older than the one of {utc(seen)} seen before",
             hint=f"try again later; to accept the older one: rm {path}",
         )
 
@@ -127,7 +184,7 @@ def refuse_older(release: Release, directory: str) -> None:
 def remember(release: Release, directory: str) -> None:
     """Keep the date of a verified Release for `refuse_older`."""
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    path = _record(directory, release.suite)
+    path = _record(directory, release.name)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({"date": release.date, "signers": release.signers}, file)
@@ -141,8 +198,11 @@ def utc(seconds: float) -> str:
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _record(directory: str, suite: str) -> str:
-    return f"{directory}/{suite}.json"
+def _record(directory: str, name: str) -> str:
+    """Of a suite of Debian's by its name, of a repository's by the hash of where it is."""
+    if "/" in name:
+        name = f"repository-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+    return f"{directory}/{name}.json"
 
 
 def _fields(text: bytes, name: str) -> tuple[dict[str, str], dict[str, Entry]]:

@@ -44,13 +44,17 @@ def key(recipe: Recipe) -> str:
 
 
 def place(spec: Spec, host: Host) -> str:
-    """Where the PATH of a "dir:PATH" or "tar:PATH" really lies, with no symbolic link left in it.
+    """Where the PATH of a "dir:PATH" or "tar:PATH" really lies: see `lent`."""
+    return lent(spec.root.source.partition(":")[2], "root.from", spec, host)
+
+
+def lent(path: str, key: str, spec: Spec, host: Host) -> str:
+    """Where `path`, which the template says at `key`, really lies, with no symbolic link left in it.
 
     Raises TemplateError for what is lent to no environment, and for a link that leads a project's path out of it.
     """
-    path = spec.root.source.partition(":")[2]
     real = host.realpath(path)
-    error = f"{spec.template}: root.from: {path}"
+    error = f"{spec.template}: {key}: {path}"
     if spec.project and is_beneath(path, spec.project) and not is_beneath(real, host.realpath(spec.project)):
         raise TemplateError(f"{error}: leads out of the project, to {real}")
     templates = host.realpath(f"{host.config}/templates")

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from devns import sealed
-from devns.debian import archive, install
+from devns.debian import archive, install, repository
 from devns.errors import TemplateError, Unsupported
 from devns.ops import bind, directory, file, tmpfs
-from devns.sources import key
+from devns.sources import key, lent
 
 if TYPE_CHECKING:
     from devns.host import Host
@@ -35,18 +35,38 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     if host.machine not in ARCHITECTURES:
         raise Unsupported(f"debian:{suite}: no packages for this machine's processor: {host.machine}")
     map = "range" if spec.user.map == "range" else "single"
+    rows = _repositories(spec, host)
+    shared = rows[: len(rows) - len(spec.said.repositories)]  # what extends adds behind
     base = {
         "label": suite,
         "recipe": RECIPE,
         "architecture": ARCHITECTURES[host.machine],
         "packages": sorted(set(spec.root.packages) - set(spec.said.packages)),
         "map": map,
+        **({"repositories": shared} if shared else {}),
     }
-    if not spec.said.packages:
+    if not spec.said.packages and not spec.said.repositories:
         return [base]
     packages = sorted(set(spec.said.packages))
     added = {"recipe": ADDED, "parent": key(base), "packages": packages, "network": True, "map": map}
+    if rows:
+        added["repositories"] = rows
     return [base, {"label": f"{suite}-more", "suite": suite, "architecture": base["architecture"], **added}]
+
+
+def _repositories(spec: Spec, host: Host) -> list[dict[str, Any]]:
+    """As recipes have them: with the key itself, so that another key makes another layer."""
+    rows = []
+    for said in spec.root.repositories:
+        certificate = said.key
+        if said.key.startswith("/"):
+            certificate = host.read(lent(said.key, "root.repository.key", spec, host)) or ""
+            if not certificate:
+                raise TemplateError(
+                    f"{spec.template}: root.repository.key: {said.key}: no such file, or an unreadable or empty one"
+                )
+        rows.append({**asdict(said), "components": list(said.components), "key": certificate})
+    return rows
 
 
 def directories(spec: Spec, host: Host) -> list[str]:
@@ -64,6 +84,7 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
         host=host,
         cache=cache,
         progress=progress,
+        repositories=repository.read(recipe.get("repositories", ())),
     )
     built = max(selection.released.values())
     install.install(selection, place, host, cache, progress, map=recipe["map"], built=built)
@@ -84,6 +105,7 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
         host=host,
         cache=cache,
         progress=progress,
+        repositories=repository.read(recipe.get("repositories", ())),
     )
     built = max(selection.released.values())
     missing = tuple(package for package in selection.packages if before.get(package.name) != package.version)
@@ -100,7 +122,8 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
         directory("/var/lib/apt/lists/partial"),
         *(bind(path, f"/var/lib/apt/lists/{name}") for name, path in selection.lists.items()),
         file("/etc/apt/sources.list.d/debian.sources", selection.sources),
-        file("/run/devns/install", _install_script(recipe["packages"], built)),
+        *install.files(selection.files.values()),
+        file("/run/devns/install", _install_script(recipe["packages"], list(selection.files), built)),
     ]
     progress.stage("install", total=len(missing), unit="packages")
     installed: dict[str, str] = {}
@@ -125,9 +148,10 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
     return {"packages": installed, "built": built}
 
 
-def _install_script(packages: Sequence[str], built: int) -> str:
+def _install_script(packages: Sequence[str], files: Sequence[str], built: int) -> str:
     lines = [
         "set -eu",
+        *install.copies(files),
         f"printf {shlex.quote(install.NO_SERVICES)} > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d",
         # What the layer beneath has in a newer version than is asked for goes back to it.
         f"apt-get install --yes --no-install-recommends --allow-downgrades -- {' '.join(map(shlex.quote, packages))}",

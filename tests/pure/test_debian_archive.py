@@ -118,7 +118,7 @@ def test_S_22_a_poisoned_index_in_the_cache_is_fetched_again(host: MakeHost, mir
 def test_S_13_a_mirror_without_a_signature_is_refused(host: MakeHost, mirror: Path, tmp_path: Path) -> None:
     for path in mirror.parent.glob("*/dists/*/InRelease"):
         path.write_bytes(release_text())
-    with pytest.raises(Untrusted, match="not a file that Debian signs"):
+    with pytest.raises(Untrusted, match="not a signed Release file"):
         select(machine(host, mirror), tmp_path)
     assert not (tmp_path / "cache").exists()
 

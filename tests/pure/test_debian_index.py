@@ -135,16 +135,27 @@ def test_S_21_a_paragraph_of_megabytes_is_refused() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"Version: 1\nPackage: a\n\n",
-        paragraph("a") + b"\n" + paragraph("b"),
+        b"Version: 1\n\n",
+        b"Version: 1\n\nPackage: a\nVersion: 1\n\n",
+        b"Version: 1\n Package: a\n\n",
         paragraph("a").replace(b"Version", b"Package: b\nVersion"),
-        b"Package: a",
+        paragraph("a") + b"Package:b\n\n",
         b"<html>",
     ],
 )
 def test_a_file_whose_paragraphs_cannot_be_told_apart_is_refused(data: bytes) -> None:
     with pytest.raises(Untrusted):
         scanned(data)
+
+
+def test_a_paragraph_may_begin_with_another_field_and_end_in_several_empty_lines() -> None:
+    data = paragraph("a") + b"\n\nArchitecture: amd64\nPackage: b\nProvides: v\n\n\n"
+    found = scanned(data)
+    assert {name: data[places[0] :].split(b":")[0] for name, places in found.offsets.items()} == {
+        "a": b"Package",
+        "b": b"Architecture",
+    }
+    assert list(index.Index([found], "amd64").virtual()) == ["v"]
 
 
 def test_a_file_without_packages_is_fine() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import lzma
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -102,6 +103,7 @@ def publish(root: Path, signer: Signer, suite: str, paragraphs: Sequence[bytes] 
     (directory / "by-hash" / "SHA256" / hashlib.sha256(packed).hexdigest()).write_bytes(packed)
     files = {"main/binary-amd64/Packages": packages, "main/binary-amd64/Packages.xz": packed}
     signed = root / "dists" / suite / "InRelease"
+    fields = {"date": date(time.time() - 3600), **fields}
     signed.write_bytes(signer.sign(release_text(files, suite=suite, **fields)))
     for line in packages.decode().split("\n"):
         if line.startswith("Filename: pool/"):

@@ -45,7 +45,7 @@ def environ(**said: str) -> Mapping[str, str]:
 def test_the_hosts_deb822_sources_name_both_archives(host: MakeHost) -> None:
     mirror = mirrors.find(host({SOURCES: DEB822}))
     assert (mirror.main, mirror.security) == ("http://mirror.test/debian", "http://mirror.test/debian-security")
-    assert not mirror.fresh
+    assert [mirror.ages[name].check_until for name in ("main", "security", "")] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_apts_proxy_comes_before_the_environments(host: MakeHost) -> None:
     mirror = mirrors.find(machine)
     asked = [("http", "mirror.test"), ("http", "direct.test"), ("https", "mirror.test"), ("http", "a.corp.test")]
     assert [mirror.route.proxy(*place) for place in asked] == ["http://proxy.test:3142", None, "http://tls.test", None]
-    assert not mirror.fresh
+    assert [mirror.ages[name].check_until for name in ("main", "security", "")] == [False, False, False]
 
 
 def test_the_environments_proxy_is_used_where_apt_says_nothing(host: MakeHost) -> None:

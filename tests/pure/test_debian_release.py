@@ -9,15 +9,16 @@ import pytest
 
 from devns.debian import release
 from devns.debian.errors import Untrusted
+from devns.debian.mirrors import Ages
 from tests.pure.test_debian_kit import NOW, Signer, date, release_text
 
 SIGNER = Signer()
 FILES = {"main/binary-amd64/Packages": b"x" * 10, "main/binary-amd64/Packages.xz": b"y" * 5}
 
 
-def read(text: bytes, suite: str = "bookworm", *, fresh: bool = True, now: float = NOW) -> release.Release:
+def read(text: bytes, suite: str = "bookworm", *, ages: Ages = Ages(), now: float = NOW) -> release.Release:
     signed = SIGNER.sign(text)
-    return release.read(signed, suite=suite, architecture="amd64", trust=SIGNER.trust, now=now, fresh=fresh)
+    return release.read(signed, suite=suite, architecture="amd64", trust=SIGNER.trust, now=now, ages=ages)
 
 
 def test_a_release_says_when_it_is_of_and_which_files_it_vouches_for() -> None:
@@ -36,11 +37,11 @@ def test_S_17_a_release_that_was_good_until_yesterday_is_refused() -> None:
     stale = release_text(FILES, valid_until=date(NOW - 86400))
     with pytest.raises(Untrusted, match="it was good until 2027-01-14"):
         read(stale)
-    assert read(stale, now=NOW - 86401).suite == "bookworm"
+    assert read(stale, now=NOW - 86401).name == "bookworm"
 
 
 def test_S_17_where_apt_does_not_look_at_the_time_neither_do_we() -> None:
-    assert read(release_text(FILES, valid_until=date(NOW - 86400)), fresh=False).suite == "bookworm"
+    assert read(release_text(FILES, valid_until=date(NOW - 86400)), ages=Ages(check_until=False)).name == "bookworm"
 
 
 @pytest.mark.parametrize("text", ["tomorrow", "Sat, 11 Jul 2026 10:16:37 CEST", "99 Xxx 2026"])
@@ -115,7 +116,7 @@ def test_S_19_a_suite_that_changes_its_pocket_is_refused() -> None:
     text = release_text(FILES).replace(b"Suite: stable\n", b"Suite: stable-updates\n")
     with pytest.raises(Untrusted, match="no name of bookworm"):
         read(text)
-    assert read(release_text(FILES).replace(b"Suite: stable\n", b"Suite: oldoldstable\n")).suite == "bookworm"
+    assert read(release_text(FILES).replace(b"Suite: stable\n", b"Suite: oldoldstable\n")).name == "bookworm"
 
 
 def test_S_20_a_release_with_only_weak_hashes_is_refused() -> None:
@@ -137,9 +138,9 @@ def test_S_20_an_index_that_the_release_does_not_list_is_not_there() -> None:
 
 
 def test_the_best_packing_that_is_listed_comes_first() -> None:
-    entry, packed = release.index(read(release_text({**FILES, "main/binary-amd64/Packages.gz": b"z"})), "amd64")
-    assert entry.size == 10
-    assert [kind for kind, _ in packed] == [".xz", ".gz", ""]
+    listed = release.index(read(release_text({**FILES, "main/binary-amd64/Packages.gz": b"z"})), "amd64")
+    assert listed.whole.size == 10
+    assert [kind for kind, _ in listed.packed] == [".xz", ".gz", ""]
 
 
 @pytest.mark.parametrize(

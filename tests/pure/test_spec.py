@@ -83,7 +83,7 @@ def test_a_full_template_becomes_its_spec() -> None:
         project="/home/dev/p",
         description="everything",
         root=Root(
-            "debian:bookworm", ("g++", "libc6:i386", "python3.11=3.11.2-6+deb12u1", "libstdc++-12-dev"), "discard"
+            "debian:bookworm", ("g++", "libc6:i386", "python3.11=3.11.2-6+deb12u1", "libstdc++-12-dev"), (), "discard"
         ),
         build=Build(("make deps",), ("requirements.txt", "sub/dir/x")),
         user=User("auto", "root", ((0, 1000, 1), (1, 100000, 65535)), ((0, 1000, 1),), nested=True),
@@ -91,7 +91,7 @@ def test_a_full_template_becomes_its_spec() -> None:
         env=Env({"APP_ENV": "dev", "_X1": ""}, ("LANG",)),
         shell=Shell("/bin/zsh"),
         tables={Limits: Limits(4 << 30)},
-        said=Said((), (2,), {"APP_ENV": "dev", "_X1": ""}),
+        said=Said((), (), (2,), {"APP_ENV": "dev", "_X1": ""}),
     )
 
 
