@@ -75,8 +75,8 @@ class Changes:
 def grants(document: Document) -> tuple[Grant, ...]:
     """What the project's own files ask for beyond what needs no trust, the most dangerous first."""
     asked = [path_value for path_value in _leaves((), document.own) if not _is_harmless(*path_value)]
-    ranked = sorted(asked, key=lambda path_value: _rank(path_value[0][0]))  # stable: else as the file has it
-    return tuple(Grant(escape(_key(path)), show(value)) for path, value in ranked)
+    ranked = sorted(asked, key=lambda path_value: _rank(path_value[0]))  # stable: else as the file has it
+    return tuple(Grant(escape(_key(path)), show(_brief(path, value))) for path, value in ranked)
 
 
 def digest(document: Document) -> str:
@@ -180,8 +180,19 @@ def _is_harmless(path: _Path, value: Any) -> bool:
     )
 
 
-def _rank(table: str) -> int:
-    return _TABLES.index(table) if table in _TABLES else -1
+def _rank(path: _Path) -> int:
+    if path[:2] == ("root", "repository"):  # whoever signs there is root in the environment, today and tomorrow
+        return -2
+    return _TABLES.index(path[0]) if path[0] in _TABLES else -1
+
+
+def _brief(path: _Path, value: Any) -> Any:
+    """`value` without the pages of a key: the fingerprint beside it says which one may sign, and no other can."""
+    if path[:2] == ("root", "repository") and isinstance(value, dict):
+        key = value.get("key")
+        if isinstance(key, str) and "\n" in key:
+            return {**value, "key": key.lstrip().partition("\n")[0]}
+    return value
 
 
 def _key(path: _Path) -> str:

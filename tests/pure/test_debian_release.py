@@ -34,7 +34,7 @@ def test_S_13_a_release_without_a_signature_is_refused() -> None:
 
 
 def test_S_17_a_release_that_was_good_until_yesterday_is_refused() -> None:
-    stale = release_text(FILES, valid_until=date(NOW - 86400))
+    stale = release_text(FILES, date=date(NOW - 90000), valid_until=date(NOW - 86400))
     with pytest.raises(Untrusted, match="it was good until 2027-01-14"):
         read(stale)
     assert read(stale, now=NOW - 86401).name == "bookworm"
