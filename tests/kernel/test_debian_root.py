@@ -97,7 +97,7 @@ class Cli:
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """The command line over the store that all tests here share."""
-    _need_a_mirror()
+    need_a_mirror()
     said = os.environ.get("DEVNS_TEST_STORE")
     store = Path(said) if said else tmp_path_factory.getbasetemp() / "shared-store"
     yield Cli(tmp_path_factory.mktemp("home"), store)
@@ -105,7 +105,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         sealed.delete(str(store), Host.probe())
 
 
-def _need_a_mirror() -> None:
+def need_a_mirror() -> None:
     try:
         found = mirrors.find(Host.probe())
         with Session(found.route) as session:
