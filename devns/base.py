@@ -141,7 +141,8 @@ def _system(spec: Spec, host: Host) -> Iterator[Step]:
     yield bind("/sys/devices/system", "/sys/devices/system", optional=True, default=True)
     yield tmpfs("/tmp", mode=0o1777, default=True)
     yield tmpfs("/run", default=True)
-    yield directory(_home(spec, host), default=True)
+    if spec.user.identity in ("self", "root"):  # another user's is what the root says, whether it is there or not
+        yield directory("/root" if spec.user.identity == "root" else host.home, default=True)
     if not spec.user.nested:
         yield no_user_namespaces()
     for name, ceiling in LIMITS.items():
@@ -149,17 +150,9 @@ def _system(spec: Spec, host: Host) -> Iterator[Step]:
 
 
 def _environment(spec: Spec, host: Host) -> Iterator[Step]:
-    name = "root" if spec.user.identity == "root" else host.user
     # pip, pipx and uv put programs here when the system's own directories are not theirs to write.
-    path = PATH if spec.user.identity == "root" else f"{host.home}/.local/bin:{PATH}"
-    for key, value in (
-        ("HOME", _home(spec, host)),
-        ("USER", name),
-        ("LOGNAME", name),
-        ("PATH", path),
-        ("DEVNS", spec.name),
-    ):
-        yield setenv(key, value, default=True)
+    yield setenv("PATH", f"{host.home}/.local/bin:{PATH}" if spec.user.identity == "self" else PATH, default=True)
+    yield setenv("DEVNS", spec.name, default=True)
     passed = [*PASSED, *(key for key in host.environ if key.startswith("LC_"))]
     for key in passed:
         if key in host.environ:
@@ -167,7 +160,3 @@ def _environment(spec: Spec, host: Host) -> Iterator[Step]:
     explicit = {key: host.environ[key] for key in spec.env.passed if key in host.environ}
     for key, value in {**explicit, **spec.env.set}.items():
         yield setenv(key, value)
-
-
-def _home(spec: Spec, host: Host) -> str:
-    return "/root" if spec.user.identity == "root" else host.home

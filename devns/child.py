@@ -289,6 +289,8 @@ def _drop(plan: Plan, programs: Sequence[bytes]) -> None:
     ids, limits = plan["identity"], plan["confine"]
     with _step("capabilities"):
         linux.drop_bounding(limits["capabilities"])
+        if "groups" in ids:
+            os.setgroups(ids["groups"])
         if ids["map"] == "range":
             os.setresgid(*[ids["gid"]] * 3)
             os.setresuid(*[ids["uid"]] * 3)

@@ -13,7 +13,7 @@ import typer
 from devns import __version__, console, plugins
 from devns.errors import DevnsError
 from devns.host import Host, refuse_setuid
-from devns.spec import is_variable
+from devns.spec import is_identity, is_variable
 from devns.workflow import Bench, Options
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.add_typer(plugin_app, name="plugin")
 Env = Annotated[str | None, typer.Argument(metavar="[ENV]", help="A template's name; else the project's .devns.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Root = Annotated[bool, typer.Option("--root", help="Be root inside, to install packages.")]
+User = Annotated[str | None, typer.Option("--user", metavar="NAME|UID[:GID]", help="Be this user inside.")]
 Map = Annotated[Literal["auto", "single", "range"] | None, typer.Option("--map", help="How ids are mapped.")]
 Set = Annotated[list[str] | None, typer.Option("-e", "--env", metavar="NAME[=VALUE]", help="Set or pass a variable.")]
 Cwd = Annotated[str | None, typer.Option("-w", "--workdir", metavar="PATH", help="Where to start, inside.")]
@@ -85,7 +86,11 @@ def _bench(*, verbose: bool = False, as_json: bool = False, enters: bool = False
         yield Bench(host, plugins.load(host), progress, console.tell, console.tell if verbose else None)
 
 
-def _options(root: bool, map: Any, env: list[str] | None, cwd: str | None) -> Options:
+def _options(root: bool, user: str | None, map: Any, env: list[str] | None, cwd: str | None) -> Options:
+    if root and user is not None:
+        raise DevnsError("--root is --user root: both cannot be said")
+    if user is not None and not is_identity(user):
+        raise DevnsError(f"--user {user}: no user", hint="a name that is known inside, or numbers: 102, 102:104")
     pairs = {}
     for item in env or ():
         name, equals, value = item.partition("=")
@@ -93,7 +98,7 @@ def _options(root: bool, map: Any, env: list[str] | None, cwd: str | None) -> Op
             raise DevnsError(f"-e {item}: no name of a variable", hint="-e NAME, or -e NAME=VALUE")
         if equals or name in os.environ:
             pairs[name] = value if equals else os.environ[name]
-    return Options(root, map, pairs, cwd)
+    return Options("root" if root else user, map, pairs, cwd)
 
 
 # --- environments -----------------------------------------------------------------------------------------------------
@@ -101,13 +106,19 @@ def _options(root: bool, map: Any, env: list[str] | None, cwd: str | None) -> Op
 
 @app.command()
 def shell(
-    env: Env = None, root: Root = False, map: Map = None, set: Set = None, workdir: Cwd = None, verbose: Verbose = False
+    env: Env = None,
+    root: Root = False,
+    user: User = None,
+    map: Map = None,
+    set: Set = None,
+    workdir: Cwd = None,
+    verbose: Verbose = False,
 ) -> None:
     """Open a shell in an environment, built the first time."""
     from devns.verbs.shell import shell
 
     with _bench(verbose=verbose, enters=True) as bench:
-        status = shell(env, bench, _options(root, map, set, workdir))
+        status = shell(env, bench, _options(root, user, map, set, workdir))
     raise typer.Exit(status)
 
 
@@ -116,6 +127,7 @@ def run(
     context: typer.Context,
     env: Env = None,
     root: Root = False,
+    user: User = None,
     map: Map = None,
     set: Set = None,
     workdir: Cwd = None,
@@ -127,7 +139,7 @@ def run(
     if not context.obj:
         raise DevnsError("run: no command", hint="devns run [ENV] -- CMD: the command stands after two dashes")
     with _bench(verbose=verbose, enters=True) as bench:
-        status = run(env, context.obj, bench, _options(root, map, set, workdir))
+        status = run(env, context.obj, bench, _options(root, user, map, set, workdir))
     raise typer.Exit(status)
 
 
@@ -155,6 +167,7 @@ def plan(
     context: typer.Context,
     env: Env = None,
     root: Root = False,
+    user: User = None,
     map: Map = None,
     set: Set = None,
     workdir: Cwd = None,
@@ -165,7 +178,7 @@ def plan(
     from devns.verbs.plan import plan
 
     with _bench() as bench:
-        document = plan(env, context.obj, bench, _options(root, map, set, workdir))
+        document = plan(env, context.obj, bench, _options(root, user, map, set, workdir))
     if json:
         console.show_json(document)
     else:

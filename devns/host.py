@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -109,18 +110,18 @@ class Host:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def read(self, path: str, limit: int = 1 << 20) -> str | None:
+    def read(self, path: str, limit: int = 1 << 20, *, symlinks: bool = True) -> str | None:
         """The text of a regular file of at most `limit` bytes; bytes that are no UTF-8 survive as surrogates.
 
         A longer file counts as unreadable: the first half of a table is worse than none. A FIFO or a device is never
-        opened, because that can block or act.
+        opened, because that can block or act. Without `symlinks` a path with a symbolic link in it is unreadable, too.
         """
         try:
-            where = self._inside(path)
-            if not stat.S_ISREG(os.stat(where).st_mode):
-                return None
-            with open(os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
-                data = file.read(limit + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            if symlinks:
+                data = _content(self._inside(path), None, limit)
+            else:
+                with self._above(path) as (name, directory):
+                    data = _content(name, directory, limit)
         except OSError:
             return None
         return None if data is None or len(data) > limit else data.decode("utf-8", "surrogateescape")
@@ -132,19 +133,11 @@ class Host:
         Unreadable is also what has more than `size` bytes or `files` files, and a path with a symbolic link in it: ask
         for its `realpath`. So a link that is put there meanwhile leads nowhere.
         """
-        parts = [part for part in path.split("/") if part]
-        opened: list[int] = []
         try:
-            opened.append(os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-            for part in parts[:-1]:
-                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                opened.append(os.open(part, flags, dir_fd=opened[-1]))
-            return _Digest(size, files).of(parts[-1] if parts else ".", opened[-1])
-        except (OSError, ValueError):  # ValueError: a NUL in it
+            with self._above(path) as (name, directory):
+                return _Digest(size, files).of(name, directory)
+        except OSError:
             return None
-        finally:
-            for fd in opened:
-                os.close(fd)
 
     def stat(self, path: str) -> os.stat_result | None:
         """Owner, mode and the rest of what `path` leads to."""
@@ -301,16 +294,27 @@ class Host:
             if len(row) == columns and not line.startswith("#"):
                 yield row
 
+    @contextmanager
+    def _above(self, path: str) -> Iterator[tuple[str, int]]:
+        """The last name of `path`, and the directory it stands in, reached through no symbolic link."""
+        _check_possible(path)
+        parts = [part for part in path.split("/") if part]
+        opened: list[int] = []
+        try:
+            opened.append(os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            for part in parts[:-1]:
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                opened.append(os.open(part, flags, dir_fd=opened[-1]))
+            yield parts[-1] if parts else ".", opened[-1]
+        finally:
+            for fd in opened:
+                os.close(fd)
+
     def _inside(self, path: str, *, follow: bool = True) -> str:
         """Where `path` of this host lies for the kernel. OSError where no such path can be."""
         if not path.startswith("/"):
             raise ValueError(f"not an absolute path: {path!r}")
-        try:
-            possible = b"\0" not in os.fsencode(path)
-        except UnicodeEncodeError:
-            possible = False
-        if not possible:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        _check_possible(path)
         return path if self.root == "/" else self.root + self._walk(path, follow=follow)
 
     def _walk(self, path: str, *, follow: bool = True, passed: list[str] | None = None) -> str:
@@ -367,6 +371,26 @@ class Host:
             )
         except (OSError, ValueError):  # ValueError: a NUL in it
             return False
+
+
+def _check_possible(path: str) -> None:
+    """OSError where the kernel can have no such path."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def _content(name: str, directory: int | None, limit: int) -> bytes | None:
+    """What a regular file holds; with `directory` it is a file in that, and no symbolic link to one."""
+    follow = directory is None
+    if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=follow).st_mode):
+        return None
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    with open(os.open(name, flags, dir_fd=directory), "rb") as file:
+        return file.read(limit + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
 
 
 class _Digest:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from devns.errors import TemplateError, Unsupported
 
 if TYPE_CHECKING:
+    from devns.accounts import Account
     from devns.host import Host
     from devns.spec import Spec
 
@@ -29,31 +30,34 @@ ROOT_CAPABILITIES = (
 INSIDE_IDS = 65536  # ids 0 to 65535: what a distribution's packages expect to exist
 
 
-def identity(spec: Spec, host: Host) -> dict[str, Any]:
+def identity(spec: Spec, host: Host, account: Account) -> dict[str, Any]:
     """`{"uid", "gid", "uid_map", "gid_map", "map", ...}`: who the payload is, and rows of [inside, outside, count].
 
     `map` is "single" where the caller's own id is the only one mapped, which needs no helper; "range" where a range of
-    subordinate ids joins it, which newuidmap(1) and newgidmap(1) write: then their paths are here too.
+    subordinate ids joins it, which newuidmap(1) and newgidmap(1) write: then their paths are here too, and the `groups`
+    that another user than yourself and root gets in place of yours.
     Raises Unsupported where a range is asked for and this host grants none.
     """
     user = spec.user
-    root = user.identity == "root"
+    uid, gid = account.uid, account.gid
     if user.uid_map:
         uid_map, gid_map = [list(row) for row in user.uid_map], [list(row) for row in user.gid_map]
-        for key, rows in (("uid_map", uid_map), ("gid_map", gid_map)):
-            if root and all(row[0] != 0 for row in rows):
-                raise TemplateError(f'{spec.template}: user.{key}: maps nobody to 0, and as = "root" is 0')
-        uid = 0 if root else _inside(uid_map, host.uid)
-        gid = 0 if root else _inside(gid_map, host.gid)
+        if user.identity == "self":
+            uid, gid = _inside(uid_map, host.uid), _inside(gid_map, host.gid)
     elif user.map == "range":
         uid_map, gid_map = _range(host, "uid", host.uid), _range(host, "gid", host.gid)
-        uid, gid = (0, 0) if root else (host.uid, host.gid)
     else:
-        uid, gid = (0, 0) if root else (host.uid, host.gid)
         uid_map, gid_map = [[uid, host.uid, 1]], [[gid, host.gid, 1]]
+    for key, rows, number in (("uid_map", uid_map, uid), ("gid_map", gid_map, gid)):
+        if not _maps(rows, number):
+            raise TemplateError(
+                f'{spec.template}: user.{key}: maps nobody to {number}, and as = "{user.identity}" is {number}'
+            )
     answer: dict[str, Any] = {"map": "single", "uid": uid, "gid": gid, "uid_map": uid_map, "gid_map": gid_map}
     if not _single(uid_map, host.uid) or not _single(gid_map, host.gid):
         answer |= {"map": "range"}
+        if account.groups is not None:
+            answer |= {"groups": [gid, *(group for group in account.groups if _maps(gid_map, group))]}
         if host.uid != 0:
             answer |= {"newuidmap": _helper(host, "newuidmap"), "newgidmap": _helper(host, "newgidmap")}
     return answer
@@ -61,7 +65,7 @@ def identity(spec: Spec, host: Host) -> dict[str, Any]:
 
 def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
     """`{"capabilities", "seccomp", "nested", "setuid_bits", "scoped"}` for the payload; no plugin decides it."""
-    root = ids["uid"] == 0 and spec.user.identity == "root"
+    root = ids["uid"] == 0 and spec.user.identity != "self"
     emulate = root and ids["map"] == "single"
     return {
         "capabilities": list(ROOT_CAPABILITIES) if root else [],
@@ -74,6 +78,10 @@ def confine(spec: Spec, ids: dict[str, Any]) -> dict[str, Any]:
 
 def _single(rows: Rows, outside: int) -> bool:
     return len(rows) == 1 and rows[0][1:] == [outside, 1]
+
+
+def _maps(rows: Rows, inside: int) -> bool:
+    return any(start <= inside < start + count for start, _, count in rows)
 
 
 def _inside(rows: Rows, outside: int) -> int:

@@ -13,7 +13,7 @@ from devns import plugins, spaces, store, trees, workflow
 from devns.host import Host
 from devns.launch import Plan, started
 from devns.progress import Progress, Silent
-from devns.spec import is_variable
+from devns.spec import is_identity, is_variable
 from devns.workflow import Bench, Options
 
 Value = TypeVar("Value")
@@ -24,18 +24,24 @@ def open(
     *,
     directory: str | os.PathLike[str] | None = None,
     root: bool = False,
+    user: str | None = None,
     map: Literal["auto", "single", "range"] | None = None,
     progress: Progress | None = None,
 ) -> Environment:
     """The environment of a named template; with None that of the project above `directory` (the working directory).
 
-    `root` enters it as uid 0. Nothing is built or started yet. Raises TemplateError for a bad or untrusted template.
+    `root` enters it as uid 0, `user` as another one, by a name that it knows or by number. Nothing is built or started
+    yet. Raises TemplateError for a bad or untrusted template.
     """
+    if root and user is not None:
+        raise ValueError('root is user="root": both cannot be said')
+    if user is not None and not is_identity(user):
+        raise ValueError(f"user: no name or number of a user: {user!r}")
     host = Host.probe()
     if directory is not None:
         host = replace(host, cwd=os.path.abspath(directory))
     bench = Bench(host, plugins.load(host), progress or Silent())
-    return Environment(name, bench, Options(root=root, map=map))
+    return Environment(name, bench, Options(user="root" if root else user, map=map))
 
 
 class Environment:
@@ -86,7 +92,7 @@ class Environment:
             raise ValueError("capture_output says what becomes of stdout and stderr: they cannot be said besides")
         if capture_output:
             stdout = stderr = subprocess.PIPE
-        options = Options(self._options.root, self._options.map, _checked_variables(env or {}), _checked_cwd(cwd))
+        options = Options(self._options.user, self._options.map, _checked_variables(env or {}), _checked_cwd(cwd))
         environment = workflow.prepare(self._spec, self._bench)
         plan = workflow.plan(workflow.adjusted(self._spec, options), self._bench, command, options)
         text = text or encoding is not None or errors is not None or isinstance(input, str)

@@ -467,7 +467,7 @@ def clock(*, boottime: int = 0, monotonic: int = 0) -> Step:
 
 
 def loopback() -> Step:
-    """Bring `lo` up in the own network namespace."""
+    """Bring `lo` up in the own network namespace, and let every user inside listen on every port there."""
     return _step("loopback")
 
 
@@ -476,6 +476,8 @@ def apply_loopback(step: Step, root: NewRoot, opened: Opened) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)  # IFF_UP | IFF_RUNNING
         fcntl.ioctl(control, 0x8914, request)
+    # Ports below 1024 are kept for root where they stand for the machine: here they stand for nobody. ip-sysctl.rst
+    _set_own("net/ipv4/ip_unprivileged_port_start", "0")
 
 
 def no_user_namespaces() -> Step:
@@ -484,11 +486,16 @@ def no_user_namespaces() -> Step:
 
 
 def apply_no_user_namespaces(step: Step, root: NewRoot, opened: Opened) -> None:
-    # The limit is that of the own user namespace, and init still has the capability to write it. In a container
-    # /proc/sys may be read-only: then the system call filter alone says no.
+    # In a container where this cannot be written the system call filter alone says no.
+    _set_own("user/max_user_namespaces", "0")
+
+
+def _set_own(name: str, value: str) -> None:
+    """Write a sysctl that belongs to an own namespace, for which init still has the capability. In a container
+    /proc/sys may be read-only: then it stays as it is."""
     try:
-        with open("/proc/sys/user/max_user_namespaces", "w") as limit:
-            limit.write("0")
+        with open(f"/proc/sys/{name}", "w") as sysctl:
+            sysctl.write(value)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOENT):
             raise

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from devns import accounts
 from devns.errors import TemplateError
 from devns.identity import confine, identity
 from devns.ops import APPLIES, FOLDED
@@ -44,8 +45,10 @@ def make_plan(spec: Spec, host: Host, steps: Iterable[Step], argv: Sequence[str]
     inside = [step for step in chosen if step["op"] in APPLIES]
     inside.sort(key=_order)
     _refuse_litter(inside, host)
-    ids = identity(spec, host)
-    env = {step["name"]: step["value"] for step in chosen if step["op"] == "setenv"}
+    account = accounts.find(spec, host, inside)
+    ids = identity(spec, host, account)
+    env = {"HOME": account.home, "USER": account.name, "LOGNAME": account.name}
+    env |= {step["name"]: step["value"] for step in chosen if step["op"] == "setenv"}
     clocks = [step for step in chosen if step["op"] == "clock"]
     return {
         "schema": SCHEMA,

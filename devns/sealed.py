@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from devns.accounts import ROOT
 from devns.errors import DevnsError
 from devns.identity import ROOT_CAPABILITIES, identity
 from devns.launch import Explain, started
@@ -79,7 +80,7 @@ def sealed_plan(
     A build syncs once, when it is finished, and starts anew when it was interrupted; so nothing in between waits for
     the disk.
     """
-    ids = identity(Spec("build", "build", user=User(map=map, identity="root")), host)  # type: ignore[arg-type]
+    ids = identity(Spec("build", "build", user=User(map=map, identity="root")), host, ROOT)  # type: ignore[arg-type]
     filters = ["deny", "emulate-root"] if ids["map"] == "single" else ["deny"]
     return {
         "schema": SCHEMA,

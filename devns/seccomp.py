@@ -78,7 +78,7 @@ X32_BIT = 0x4000_0000  # asm/unistd.h: the x32 ABI is x86_64's with this bit set
 # fmt: off
 NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "acct": (163, 89), "add_key": (248, 217), "bpf": (321, 280), "capset": (126, 91), "chmod": (90, None),
-    "chown": (92, None), "chroot": (161, 51), "clock_settime": (227, 112), "clone": (56, 220), "clone3": (435, 435),
+    "chown": (92, None), "clock_settime": (227, 112), "clone": (56, 220), "clone3": (435, 435),
     "creat": (85, None), "create_module": (174, None), "delete_module": (176, 106), "fchmod": (91, 52),
     "fchmodat": (268, 53), "fchmodat2": (452, 452), "fchown": (93, 55), "fchownat": (260, 54), "fdatasync": (75, 83),
     "finit_module": (313, 273), "fsconfig": (431, 431), "fsmount": (432, 432), "fsopen": (430, 430),
@@ -144,7 +144,8 @@ NEVER = (
     *("settimeofday", "clock_settime", "open_by_handle_at", "nfsservctl", "uselib"),
     *("modify_ldt", "iopl", "ioperm", "move_pages", "migrate_pages"),
 )
-MOUNTS = ("mount", "umount2", "pivot_root", "chroot", "setns")
+# Not chroot: it takes a capability that only root inside has, whose / is a mount namespace's, with nothing above it.
+MOUNTS = ("mount", "umount2", "pivot_root", "setns")
 # The new mount API is refused as if the kernel were older: callers then try mount(2) and report that.
 NEW_MOUNTS = (
     *("open_tree", "open_tree_attr", "move_mount", "mount_setattr"),

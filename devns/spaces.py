@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from devns import linux, workflow
+from devns import accounts, linux, workflow
 from devns.errors import DevnsError
 from devns.host import Host
 from devns.identity import identity
@@ -79,6 +79,7 @@ def namespaces(
         raise ValueError("user=False: only a user namespace lets an ordinary user make the others")
     host = Host.probe()
     who = User(identity="root" if root else "self", uid_map=tuple(uid_map), gid_map=tuple(gid_map))
+    spec = Spec("namespaces", "namespaces", user=who)
     asked = {"pid": pid, "uts": uts or hostname is not None, "ipc": ipc, "net": net, "cgroup": cgroup}
     names = [name for name, wanted in asked.items() if wanted]
     inside = [proc(masked=False)] if pid else []
@@ -90,7 +91,7 @@ def namespaces(
         "argv": [],
         "cwd": os.getcwd(),
         "env": dict(os.environ),
-        "identity": identity(Spec("namespaces", "namespaces", user=who), host),
+        "identity": identity(spec, host, accounts.find(spec, host, inside)),
         "namespaces": sorted({"user", "mount", *names, *(["time"] if time else [])}),
         "clock": {"boottime": 0, "monotonic": 0, **time} if time else None,
         # The function is the caller's own: it keeps every power it has over its own namespaces, as after unshare(1).

@@ -55,10 +55,11 @@ class Build:
 
 @dataclass(frozen=True)
 class User:
-    """[user]: who you are inside. Maps are rows of (inside, outside, count), as in user_namespaces(7)."""
+    """[user]: who you are inside: "self", "root", or another USER[:GROUP], each a name that the root knows or a number.
+    Maps are rows of (inside, outside, count), as in user_namespaces(7)."""
 
     map: Literal["auto", "single", "range"] = "auto"
-    identity: Literal["self", "root"] = field(default="self", metadata={"key": "as"})
+    identity: str = field(default="self", metadata={"key": "as"})
     uid_map: tuple[tuple[int, int, int], ...] = ()
     gid_map: tuple[tuple[int, int, int], ...] = ()
     nested: bool = False
@@ -158,6 +159,7 @@ _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*(?:/[A-Za-z0-9._+~-]+)*")
 _FINGERPRINT = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 _ARMOR = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # environ(7)
+_ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|[0-9]{1,10}")  # useradd(8), without its "$"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOSTNAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # RFC 1123, 2.1
 _HOSTNAME_MAX = 64  # HOST_NAME_MAX, gethostname(2)
@@ -310,7 +312,20 @@ def _check_build(build: Build, at: At) -> None:
             raise at.child("run").item(i).error("is empty")
 
 
+def is_identity(text: str) -> bool:
+    """Can this be a USER[:GROUP], each a name or a number?"""
+    parts = text.split(":")
+    return len(parts) <= 2 and all(_ACCOUNT.fullmatch(part) and not _is_beyond(part) for part in parts)
+
+
+def _is_beyond(part: str) -> bool:
+    return part.isdecimal() and int(part) >= _ID_MAX
+
+
 def _check_user(user: User, at: At) -> None:
+    if not is_identity(user.identity):
+        hint = '"self", "root", the name of a user inside, or numbers: "102", "102:104"'
+        raise at.child("as").error(f"no user: {show(user.identity)}", hint=hint)
     for given, other in (("uid_map", "gid_map"), ("gid_map", "uid_map")):
         if getattr(user, given) and not getattr(user, other):
             raise at.child(other).error(f"is required where there is a {given}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Options:
     """What one call asks for beyond its template."""
 
-    root: bool = False
+    user: str | None = None  # what [user] as would say
     map: Literal["auto", "single", "range"] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
@@ -72,8 +72,8 @@ def _document(name: str | None, bench: Bench, claims: Mapping[str, type]) -> tem
 def adjusted(spec: Spec, options: Options) -> Spec:
     """`spec` with what this call asks for instead."""
     user = spec.user
-    if options.root:
-        user = replace(user, identity="root")
+    if options.user:
+        user = replace(user, identity=options.user)
     if options.map:
         user = replace(user, map=options.map)
     env = replace(spec.env, set={**spec.env.set, **options.env})

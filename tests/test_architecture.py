@@ -103,8 +103,9 @@ ROOMS = (
     Room("devns.hooks", ours="", others="pluggy collections.abc typing"),
     Room("devns.plugins", never="ctypes subprocess socket devns.linux devns.ops devns.launch"),
     Room("devns.base", never=_PURE),
+    Room("devns.accounts", ours="devns.decode devns.errors", never=_PURE),
     Room("devns.identity", ours="devns.errors", never=_PURE),
-    Room("devns.plan", ours="devns.errors devns.identity devns.ops", never=_PURE),
+    Room("devns.plan", ours="devns.accounts devns.errors devns.identity devns.ops", never=_PURE),
     Room("devns.diagnose", never="ctypes subprocess socket devns.ops"),
     # --- what acts
     Room("devns.linux", ours="", others="ctypes errno os collections.abc typing"),

@@ -146,7 +146,7 @@ def _project(table: MountTable, spec: Spec, host: Host) -> Iterator[Step]:
 def _home_inside(table: MountTable, spec: Spec, host: Host) -> str:
     if spec.user.identity == "root":
         return "/root"
-    return "/" if table.home == "none" else host.home
+    return "/" if table.home == "none" or spec.user.identity != "self" else host.home
 
 
 def _hide_own(src: str, dst: str, host: Host) -> Iterator[Step]:

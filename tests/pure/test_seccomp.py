@@ -161,7 +161,7 @@ ALWAYS_EPERM = words(
     open_by_handle_at acct quotactl quotactl_fd swapon swapoff reboot settimeofday clock_settime syslog lookup_dcookie
     uselib nfsservctl modify_ldt iopl ioperm move_pages migrate_pages"""
 )
-UNNESTED_EPERM = words("mount umount2 pivot_root chroot setns")
+UNNESTED_EPERM = words("mount umount2 pivot_root setns")
 UNNESTED_ENOSYS = words("clone3 open_tree open_tree_attr move_mount mount_setattr fsopen fsconfig fsmount fspick")
 EMULATED = words(
     """chown fchown lchown fchownat setuid setgid setgroups setreuid setregid setresuid setresgid setfsuid setfsgid
