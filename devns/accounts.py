@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Step = Mapping[str, Any]
 
+_ID_MAX = 2**32 - 1  # (uid_t)-1 is no id
+
 
 @dataclass(frozen=True)
 class Account:
@@ -74,8 +76,12 @@ def _rows(path: str, columns: int, inside: Sequence[Step], host: Host) -> Iterat
     numbers = (2, 3) if columns == 7 else (2,)
     for line in _text(path, inside, host).split("\n"):
         row = line.split(":")
-        if len(row) == columns and row[0] and all(row[at].isdecimal() and len(row[at]) <= 10 for at in numbers):
+        if len(row) == columns and row[0] and all(_is_id(row[at]) for at in numbers):
             yield row
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < _ID_MAX
 
 
 def _text(path: str, inside: Sequence[Step], host: Host) -> str:

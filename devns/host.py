@@ -296,9 +296,11 @@ class Host:
 
     @contextmanager
     def _above(self, path: str) -> Iterator[tuple[str, int]]:
-        """The last name of `path`, and the directory it stands in, reached through no symbolic link."""
+        """The last name of `path`, and the directory it stands in, reached through no symbolic link and no ".."."""
         _check_possible(path)
         parts = [part for part in path.split("/") if part]
+        if ".." in parts:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
         opened: list[int] = []
         try:
             opened.append(os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

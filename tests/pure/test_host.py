@@ -224,6 +224,15 @@ def test_links_lead_nowhere_but_into_the_root(host: MakeHost, tmp_path_factory: 
     ]
 
 
+def test_a_file_is_read_through_no_link_where_none_may_be_followed(host: MakeHost) -> None:
+    links = {"/link": "/dir", "/dir/self": "file"}
+    made = host({"/dir/file": "inside", "/dir/fifo": None}, links=links)
+    paths = ("/dir/file", "/dir/../dir/file", "/link/file", "/dir/self", "/dir", "/", "/nothing", "/dir/\0")
+    answers = ["inside", None, None, None, None, None, None, None]
+    assert [made.read(path, symlinks=False) for path in paths] == answers
+    assert [made.read(path) for path in ("/link/file", "/dir/self")] == ["inside", "inside"]
+
+
 def test_only_regular_files_of_a_sensible_length_are_read(
     host: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

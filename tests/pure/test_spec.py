@@ -243,6 +243,20 @@ def test_a_map_has_ids_that_exist_and_rows_apart(kind: str, rows: str, message: 
     assert caught.value.message == f"{FILE}: user.{kind}{message}"
 
 
+@pytest.mark.parametrize("said", ["self", "postgres", "Debian-exim", "_apt", "102", "102:104", "www-data:adm", "0:a.b"])
+def test_somebody_can_be_named_or_numbered(said: str) -> None:
+    assert spec(f'user.as = "{said}"').user == User(identity=said)
+
+
+@pytest.mark.parametrize(
+    "said", ["", ":", "a:", ":1", "1:2:3", "a b", "-x", "a/b", "a\u00e9", "4294967295", "1" * 11, "x" * 33]
+)
+def test_what_can_be_nobody_is_refused(said: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        spec(f'user.as = "{said}"')
+    assert caught.value.message == f'{FILE}: user.as: no user: "{said}"'
+
+
 def test_a_variable_longer_than_the_kernel_takes_is_refused() -> None:
     with pytest.raises(TemplateError) as caught:
         spec("env.set.A = '" + "x" * ((128 << 10) - 2) + "'")
