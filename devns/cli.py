@@ -147,6 +147,7 @@ def run(
 def build(
     env: Env = None,
     map: Map = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Only as .devns.lock says.")] = False,
     shell_on_failure: Annotated[
         bool, typer.Option("--shell-on-failure", help="Open a shell where a command of [build] failed.")
     ] = False,
@@ -157,7 +158,7 @@ def build(
     from devns.verbs.build import build
 
     with _bench(verbose=verbose, as_json=json) as bench:
-        environment = build(env, bench, Options(map=map), shell_on_failure=shell_on_failure)
+        environment = build(env, bench, Options(map=map), locked=locked, shell_on_failure=shell_on_failure)
     if json:
         console.show_json({"name": environment.name, "layers": environment.layers})
 
@@ -351,6 +352,24 @@ def init(template: Annotated[str, typer.Argument(help="The template to extend.")
 
     with _bench() as bench:
         console.say(init(template, bench))
+
+
+@app.command()
+def lock(
+    update: Annotated[bool, typer.Option("--update", help="Take today's versions.")] = False, json: Json = False
+) -> None:
+    """Write .devns.lock, the exact packages of the project's environment, and show what changed."""
+    from devns.verbs.lock import lock
+
+    with _bench(as_json=json) as bench:
+        found = lock(bench, update=update)
+    if json:
+        console.show_json(found)
+        return
+    rows = [(row["change"], row["name"], row["from"] or "", row["to"] or "") for row in found["changes"]]
+    if rows:
+        console.show_table(("change", "package", "from", "to"), rows)
+    console.say(f"{found['path']}: {found['packages']} packages, {len(rows)} changed")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from devns.decode import At, decode, keys, near, show
+from devns.lock import VERSION as LOCK_VERSION
+from devns.lock import Lock
 
 if TYPE_CHECKING:
     from devns.template import Document
@@ -138,6 +140,7 @@ class Spec:
     shell: Shell = Shell()
     tables: Mapping[type, Any] = field(default_factory=dict)
     said: Said = Said()
+    lock: Lock | None = None  # the exact packages, where the project has a lock file
 
     def table(self, kind: type[Table]) -> Table:
         """The table a plugin claimed with `kind`; its defaults where the template says nothing."""
@@ -205,7 +208,18 @@ def make_spec(document: Document, claims: Mapping[str, type]) -> Spec:
         **{**core, "root": root},
         tables={known[name]: table for name, table in decoded.items() if name not in CORE},
         said=_said(document, root, core["build"], core["env"]),
+        lock=_lock(document),
     )
+
+
+def _lock(document: Document) -> Lock | None:
+    if document.lock is None:
+        return None
+    lock = decode(Lock, dict(document.locked), At(document.lock.path))
+    if lock.version != LOCK_VERSION:
+        said = f"a lock file of version {lock.version}, and this devns knows {LOCK_VERSION}"
+        raise At(document.lock.path).error(said, hint="devns lock")
+    return lock
 
 
 def _said(document: Document, root: Root, build: Build, env: Env) -> Said:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tomli
 
+from devns import lock
 from devns.decode import At, Key, escape, join, keys, near
 from devns.errors import TemplateError
 from devns.spec import tables
@@ -53,7 +54,8 @@ class Document:
 
     `files` begins with the template itself, followed by what it extends, in order. `origin` maps the key path of every
     value ("root.packages", and "root.packages[3]" in a list that adds up) to the file that said it. `own` is what the
-    project's files say by themselves, without the named templates they extend; empty for a named template.
+    project's files say by themselves, without the named templates they extend; empty for a named template. `lock` is
+    the project's lock file, and `locked` what it says.
     """
 
     name: str  # the environment's
@@ -64,6 +66,8 @@ class Document:
     files: tuple[SourceFile, ...]
     own: dict[str, Any]
     home: str  # what "~" means in it
+    lock: SourceFile | None = None
+    locked: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, name: str | None = None) -> At:
         """Where the top-level key `name` stands, or the document itself: for errors."""
@@ -81,10 +85,11 @@ class Listed:
     path: str
 
 
-def load(name: str | None, host: Host, *, claims: Mapping[str, type] | None = None) -> Document:
+def load(name: str | None, host: Host, *, claims: Mapping[str, type] | None = None, locked: bool = True) -> Document:
     """The template `name`, or without one the project's file, found upward from the working directory.
 
-    `claims` are the tables of plugins: they say which lists add up. Raises TemplateError.
+    `claims` are the tables of plugins: they say which lists add up. Without `locked` a lock file is not looked at.
+    Raises TemplateError.
     """
     if name is not None:
         project, first = None, _named(name, host, None)
@@ -105,6 +110,9 @@ def load(name: str | None, host: Host, *, claims: Mapping[str, type] | None = No
         data = _merge(data, said, known, At(file.path), origin)
         if file.kind == "project":
             own = _merge(own, said, known, At(file.path), {})
+    pins = None
+    if project and locked and _lstat(host, f"{project}/{lock.FILE}"):
+        pins = _read(host, f"{project}/{lock.FILE}", "project", size_max=lock.SIZE_MAX)
     return Document(
         name=_project_name(project) if project else str(name),
         template=name or first.path,
@@ -114,6 +122,8 @@ def load(name: str | None, host: Host, *, claims: Mapping[str, type] | None = No
         files=tuple(file for file, _ in chain),
         own=own,
         home=host.home,
+        lock=pins,
+        locked=parse(pins.data, pins.path) if pins else {},
     )
 
 
@@ -252,7 +262,7 @@ def _description(host: Host, path: str, kind: Kind) -> str:
 # --- reading one file -----------------------------------------------------------------------------------------------
 
 
-def _read(host: Host, path: str, kind: Kind, *, depth: int = 1) -> SourceFile:
+def _read(host: Host, path: str, kind: Kind, *, depth: int = 1, size_max: int = SIZE_MAX) -> SourceFile:
     """Open once, never through a symbolic link in the last `depth` parts, look at what was opened, and read that."""
     parts = path.rsplit("/", depth)
     where = parts[0] or "/"
@@ -273,21 +283,21 @@ def _read(host: Host, path: str, kind: Kind, *, depth: int = 1) -> SourceFile:
             _refuse_shared(status, path, host)
             for i, fd in enumerate(directories):
                 _refuse_shared(os.fstat(fd), "/".join(parts[: i + 1]) or "/", host)
-        data = _read_all(opened[-1])
+        data = _read_all(opened[-1], size_max)
     except OSError as problem:
         raise At(path).error(_why_not(problem)) from None
     finally:
         for fd in opened:
             os.close(fd)
-    if len(data) > SIZE_MAX:
-        raise At(path).error(f"larger than {SIZE_MAX >> 10} KiB")
+    if len(data) > size_max:
+        raise At(path).error(f"larger than {size_max >> 10} KiB")
     return SourceFile(path, data, kind)
 
 
-def _read_all(fd: int) -> bytes:
+def _read_all(fd: int, size_max: int) -> bytes:
     """The bytes of a file, and at most one more than allowed."""
     data = b""
-    while len(data) <= SIZE_MAX and (more := os.read(fd, SIZE_MAX + 1 - len(data))):
+    while len(data) <= size_max and (more := os.read(fd, size_max + 1 - len(data))):
         data += more
     return data
 

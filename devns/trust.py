@@ -15,7 +15,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from devns.decode import escape, join, show
 from devns.errors import TemplateError, Unsupported
+from devns.lock import FILE as LOCK_FILE
 from devns.template import FILE, Document, under
 
 if TYPE_CHECKING:
@@ -73,14 +74,25 @@ class Changes:
 
 
 def grants(document: Document) -> tuple[Grant, ...]:
-    """What the project's own files ask for beyond what needs no trust, the most dangerous first."""
+    """What the project's own files ask for beyond what needs no trust, the most dangerous first; and its lock file."""
+    pinned = sum(len(rows) for rows in document.locked.values() if isinstance(rows, list))
+    return (*_said(document), *([Grant(LOCK_FILE, f"{pinned} packages by their hashes")] if document.lock else []))
+
+
+def _said(document: Document) -> tuple[Grant, ...]:
     asked = [path_value for path_value in _leaves((), document.own) if not _is_harmless(*path_value)]
     ranked = sorted(asked, key=lambda path_value: _rank(path_value[0]))  # stable: else as the file has it
     return tuple(Grant(escape(_key(path)), show(_brief(path, value))) for path, value in ranked)
 
 
 def digest(document: Document) -> str:
-    """What a record stands for: the project file's place, and the bytes of all files but the bundled ones."""
+    """What the user agrees to: the project file's place, and the bytes of all files but the bundled ones."""
+    if document.lock is None:
+        return _files_digest(document)
+    return hashlib.sha256(f"{_files_digest(document)} {_lock_digest(document)}".encode()).hexdigest()
+
+
+def _files_digest(document: Document) -> str:
     files = [
         [file.kind, file.path, hashlib.sha256(file.data).hexdigest()]
         for file in document.files
@@ -90,15 +102,31 @@ def digest(document: Document) -> str:
 
 
 def is_trusted(document: Document, host: Host) -> bool:
-    """Is there a record for exactly this? A file without grants needs none."""
-    record = _read_record(digest(document), host)
-    return record is not None and record["path"] == document.files[0].path
+    """Is there a record for exactly this, and one for the lock file beside it, if there is one? A file without grants
+    needs none."""
+    return _is_recorded(_files_digest(document), document.files[0].path, host) and is_lock_trusted(document, host)
+
+
+def is_lock_trusted(document: Document, host: Host) -> bool:
+    """Was the lock file, byte for byte, made or trusted here? Where there is none it is."""
+    return document.lock is None or _is_recorded(_lock_digest(document), document.lock.path, host)
+
+
+def trust_lock(document: Document, host: Host) -> None:
+    """Record that the user made the document's lock file, or agrees to it."""
+    if document.lock is not None:
+        _record(_lock_digest(document), document.lock.path, (), host)
 
 
 def require(document: Document, host: Host) -> None:
     """Raise TemplateError where a project file asks for something and nobody has trusted it."""
-    asked = grants(document)
-    if not asked or is_trusted(document, host):
+    if document.lock is not None and not is_lock_trusted(document, host):
+        raise TemplateError(
+            f"{escape(document.lock.path)}: is not trusted, and says which packages are believed",
+            hint="devns trust; or devns lock --update, to make it anew",
+        )
+    asked = _said(document)
+    if not asked or _is_recorded(_files_digest(document), document.files[0].path, host):
         return
     named = ", ".join(f"{grant.key} = {_short(grant.value)}" for grant in asked[:_NAMED])
     more = f" and {len(asked) - _NAMED} more" if len(asked) > _NAMED else ""
@@ -117,14 +145,8 @@ def trust(document: Document, host: Host, *, expect: str | None = None) -> str:
         raise TemplateError(f"{document.template}: a named template needs no trust")
     if expect is not None and expect.strip().lower() != now:
         raise TemplateError(f"{escape(document.template)}: its sha256 is {now}, not {escape(expect)}")
-    record = {
-        "schema": SCHEMA,
-        "sha256": now,
-        "path": document.files[0].path,
-        "when": time.time_ns(),
-        "grants": [[grant.key, grant.value] for grant in grants(document)],
-    }
-    _write_record(now, json.dumps(record).encode(), host)
+    _record(_files_digest(document), document.files[0].path, grants(document), host)
+    trust_lock(document, host)
     return now
 
 
@@ -132,8 +154,9 @@ def untrust(path: str, host: Host) -> bool:
     """Forget every record of the project file at `path`, or of the one in the directory `path`. Was there any?"""
     directory, name = os.path.split(path)
     # The file itself may have become a link since: its directory is what is resolved.
-    file = f"{host.realpath(directory if name == FILE else path)}/{FILE}"
-    names = [name for name, record in _records(host) if record["path"] == file]
+    project = host.realpath(directory if name == FILE else path)
+    files = (f"{project}/{FILE}", f"{project}/{LOCK_FILE}")
+    names = [name for name, record in _records(host) if record["path"] in files]
     try:
         with _directory(host) as opened:
             if opened is not None:
@@ -208,6 +231,29 @@ def _short(value: str) -> str:
 
 # --- the records: <state>/trust/<digest>.json -----------------------------------------------------------------------
 # Anything in there that is not exactly what this file writes counts as not there.
+
+
+def _is_recorded(name: str, path: str, host: Host) -> bool:
+    record = _read_record(name, host)
+    return record is not None and record["path"] == path
+
+
+def _lock_digest(document: Document) -> str:
+    """Of a lock file in its place; it has a record of its own, as it changes more often than what it is made for."""
+    data = document.lock.data if document.lock else b""
+    said = [SCHEMA, "lock", document.project, hashlib.sha256(data).hexdigest()]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _record(name: str, path: str, agreed: Sequence[Grant], host: Host) -> None:
+    record = {
+        "schema": SCHEMA,
+        "sha256": name,
+        "path": path,
+        "when": time.time_ns(),
+        "grants": [[grant.key, grant.value] for grant in agreed],
+    }
+    _write_record(name, json.dumps(record).encode(), host)
 
 
 def _last(document: Document, host: Host) -> dict[str, Any] | None:

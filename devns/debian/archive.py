@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devns.debian import download, index, mirrors, openpgp, release, repository, resolve
@@ -21,6 +21,8 @@ from devns.debian.errors import MirrorError, Untrusted
 from devns.debian.index import Package
 from devns.debian.transport import Session
 from devns.errors import TemplateError, Unsupported
+from devns.lock import FILE as LOCK_FILE
+from devns.lock import Pinned
 from devns.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -100,6 +102,43 @@ def select(
         released={read.release.name: read.release.date for read in found},
         lists={name: path for read in found for name, path in read.lists.items()},
         files=told,
+    )
+
+
+def locked(
+    suite: str,
+    pinned: Sequence[Pinned],
+    *,
+    built: int,
+    architecture: str,
+    host: Host,
+    repositories: Sequence[Repository] = (),
+) -> Selection:
+    """What a lock file says, without a look at the archive. TemplateError where it says what can't be."""
+    for one in pinned:
+        if wrong := index.refused(one.name, one.version, one.filename, one.sha256):
+            raise TemplateError(f"{LOCK_FILE}: {one.name[:60]!a}: {wrong}", hint="devns lock --update")
+    return Selection(
+        suite=suite,
+        architecture=architecture,
+        packages=tuple(Package(**asdict(one), essential=False, multi_arch="no", priority="") for one in pinned),
+        sources=_sources_file(suite, mirrors.find(host)),
+        released={suite: built},
+        lists={},
+        files=repository.files(repositories),
+    )
+
+
+def pin(package: Package) -> Pinned:
+    """As a lock file has it."""
+    return Pinned(
+        package.name,
+        package.version,
+        package.architecture,
+        package.size,
+        package.sha256,
+        package.filename,
+        package.archive,
     )
 
 

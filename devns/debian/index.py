@@ -19,6 +19,7 @@ from devns.debian.errors import Untrusted
 PARAGRAPH_MAX = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,127}")
 _FILENAME = re.compile(r"(?:\./)?(?!(?:.*/)?\.\.?/)[A-Za-z0-9][A-Za-z0-9._+~:@%=,-]*(?:/[A-Za-z0-9._+~:@%=,-]+)*\.deb")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RELATION = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::([a-z0-9-]+))?(?:\s*\(\s*(<<|<=|=|>=|>>|<|>)\s*([^\s()]+)\s*\))?")
 _FIELD = re.compile(r"([A-Za-z][A-Za-z0-9-]*):[ \t]*(.*)")
 _PRIORITIES = {"required": 1, "important": 2, "standard": 3, "optional": 4, "extra": 5}
@@ -92,6 +93,15 @@ class Packages:
 
 def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
+
+
+def refused(name: str, said: str, filename: str, sha256: str) -> str | None:
+    """What is wrong with a package that no index has named: the grammar of an index holds for it, too."""
+    grammars = {"name": (name, _NAME), "filename": (filename, _FILENAME), "sha256": (sha256, _SHA256)}
+    wrong = [key for key, (text, grammar) in grammars.items() if len(text) > 1024 or not grammar.fullmatch(text)]
+    if not version.is_version(said):
+        wrong.append("version")
+    return f"{', '.join(wrong)}: cannot be" if wrong else None
 
 
 def decompress(data: bytes, packing: str, size: int) -> bytes:
@@ -277,7 +287,7 @@ def parse(packages: Packages, start: int, architecture: str) -> Paragraph:
         architecture=fields["Architecture"],
         filename=need("Filename", _FILENAME).removeprefix("./"),
         size=int(need("Size", r"[0-9]{1,13}")),
-        sha256=need("SHA256", r"[0-9a-f]{64}"),
+        sha256=need("SHA256", _SHA256),
         essential=fields.get("Essential") == "yes",
         multi_arch=fields.get("Multi-Arch", "no"),
         priority=priority,

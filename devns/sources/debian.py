@@ -4,6 +4,8 @@ dpkg's is needed on the host: the dpkg that configures is the one that was just 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from devns import sealed
 from devns.debian import archive, install, repository
 from devns.errors import TemplateError, Unsupported
+from devns.lock import FILE as LOCK_FILE
+from devns.lock import VERSION as LOCK_VERSION
+from devns.lock import Lock, Pinned
 from devns.ops import bind, directory, file, tmpfs
 from devns.sources import key, lent
 
@@ -45,13 +50,64 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
         "map": map,
         **({"repositories": shared} if shared else {}),
     }
-    if not spec.said.packages and not spec.said.repositories:
-        return [base]
-    packages = sorted(set(spec.said.packages))
-    added = {"recipe": ADDED, "parent": key(base), "packages": packages, "network": True, "map": map}
-    if rows:
-        added["repositories"] = rows
-    return [base, {"label": f"{suite}-more", "suite": suite, "architecture": base["architecture"], **added}]
+    made = [base]
+    if spec.said.packages or spec.said.repositories:
+        packages = sorted(set(spec.said.packages))
+        added = {"label": f"{suite}-more", "suite": suite, "architecture": base["architecture"], "recipe": ADDED}
+        made.append({**added, "packages": packages, "network": True, "map": map})
+        if rows:
+            made[1]["repositories"] = rows
+    if spec.lock:
+        _refuse_stale(made, spec)
+        for recipe, pinned in zip(made, (spec.lock.base, spec.lock.more), strict=False):
+            recipe |= {"locked": [asdict(one) for one in pinned], "built": spec.lock.built}
+    if len(made) > 1:
+        made[1] |= {"parent": key(base), "network": "locked" not in base}
+    return made
+
+
+# --- lock files -------------------------------------------------------------------------------------------------------
+
+
+def lock(spec: Spec, host: Host, cache: str, progress: Progress) -> Lock:
+    """What the packages that `spec` asks for come to today: each is found in an index that was verified."""
+    made = recipes(replace(spec, lock=None), host)
+    found = [_select(recipe, host, cache, progress) for recipe in made]
+    base = found[0].packages
+    known = set(base)
+    more = [package for package in found[-1].packages if package not in known] if len(found) > 1 else []
+    return Lock(
+        version=LOCK_VERSION,
+        recipe=RECIPE,
+        source=spec.root.source,
+        architecture=made[0]["architecture"],
+        request=request(made),
+        built=max(found[-1].released.values()),
+        base=tuple(map(archive.pin, base)),
+        more=tuple(map(archive.pin, more)),
+    )
+
+
+def request(recipes: Sequence[dict[str, Any]]) -> str:
+    """What the templates ask for, as a hash: whoever asks for the same may use the same lock file."""
+    asked = [[recipe["packages"], recipe.get("repositories", [])] for recipe in recipes]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _refuse_stale(recipes: Sequence[dict[str, Any]], spec: Spec) -> None:
+    """TemplateError for a lock file of other requests, another machine, or another way to make a tree."""
+    lock = spec.lock
+    if lock is None:
+        return
+    why = None
+    if lock.architecture != recipes[0]["architecture"]:
+        why = f"it is for {lock.architecture}, and this machine is {recipes[0]['architecture']}"
+    elif lock.source != spec.root.source or lock.request != request(recipes):
+        why = "the templates ask for other packages than when it was made"
+    elif lock.recipe != RECIPE:
+        why = f"this devns would make another tree of the same packages (recipe {RECIPE}, and not {lock.recipe})"
+    if why:
+        raise TemplateError(f"{spec.project}/{LOCK_FILE}: {why}", hint="devns lock")
 
 
 def _repositories(spec: Spec, host: Host) -> list[dict[str, Any]]:
@@ -77,18 +133,33 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
     """Resolve, download, unpack, configure. What was installed is returned, for the layer's record."""
     if "parent" in recipe:
         return _add(recipe, place, host, cache, progress)
-    selection = archive.select(
-        recipe["label"],
+    selection = _select(recipe, host, cache, progress)
+    built = max(selection.released.values())
+    install.install(selection, place, host, cache, progress, map=recipe["map"], built=built)
+    return {"packages": {package.name: package.version for package in selection.packages}, "built": built}
+
+
+def _select(recipe: dict[str, Any], host: Host, cache: str, progress: Progress) -> archive.Selection:
+    suite, repositories = recipe.get("suite", recipe["label"]), repository.read(recipe.get("repositories", ()))
+    if "locked" in recipe:
+        pinned = [Pinned(**row) for row in recipe["locked"]]
+        return archive.locked(
+            suite,
+            pinned,
+            built=recipe["built"],
+            architecture=recipe["architecture"],
+            host=host,
+            repositories=repositories,
+        )
+    return archive.select(
+        suite,
         recipe["packages"],
         architecture=recipe["architecture"],
         host=host,
         cache=cache,
         progress=progress,
-        repositories=repository.read(recipe.get("repositories", ())),
+        repositories=repositories,
     )
-    built = max(selection.released.values())
-    install.install(selection, place, host, cache, progress, map=recipe["map"], built=built)
-    return {"packages": {package.name: package.version for package in selection.packages}, "built": built}
 
 
 # --- packages on top --------------------------------------------------------------------------------------------------
@@ -96,17 +167,10 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
 
 def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     """The apt inside installs over the layer beneath, by today's lists and with what it will most likely want at hand:
-    both verified here. It decides; what it wants besides it fetches itself."""
+    both verified here. It decides; what it wants besides it fetches itself. With a lock file there are no lists, and
+    what is at hand is what is installed."""
     before = place.record.get("packages", {})
-    selection = archive.select(
-        recipe["suite"],
-        recipe["packages"],
-        architecture=recipe["architecture"],
-        host=host,
-        cache=cache,
-        progress=progress,
-        repositories=repository.read(recipe.get("repositories", ())),
-    )
+    selection = _select(recipe, host, cache, progress)
     built = max(selection.released.values())
     missing = tuple(package for package in selection.packages if before.get(package.name) != package.version)
     debs = archive.fetch(replace(selection, packages=missing), host=host, cache=cache, progress=progress)
@@ -123,7 +187,7 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
         *(bind(path, f"/var/lib/apt/lists/{name}") for name, path in selection.lists.items()),
         file("/etc/apt/sources.list.d/debian.sources", selection.sources),
         *install.files(selection.files.values()),
-        file("/run/devns/install", _install_script(recipe["packages"], list(selection.files), built)),
+        file("/run/devns/install", _install_script(recipe, list(files), list(selection.files), built)),
     ]
     progress.stage("install", total=len(missing), unit="packages")
     installed: dict[str, str] = {}
@@ -142,19 +206,26 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
             inside=inside,
             argv=["/bin/sh", "/run/devns/install"],
             env={**place.variables, **sealed.ENV, "DEBCONF_NONINTERACTIVE_SEEN": "true"},
-            network=True,
+            network=recipe["network"],
         )
         sealed.run_sealed(plan, line=line, what=f"apt-get install {' '.join(recipe['packages'])}")
     return {"packages": installed, "built": built}
 
 
-def _install_script(packages: Sequence[str], files: Sequence[str], built: int) -> str:
+def _install_script(recipe: dict[str, Any], debs: Sequence[str], files: Sequence[str], built: int) -> str:
+    wanted = recipe["packages"]
+    automatic: list[str] = []
+    if "locked" in recipe:
+        asked = {text.partition("=")[0].partition(":")[0] for text in recipe["packages"]}
+        automatic = [row["name"] for row in recipe["locked"] if row["name"] not in asked]
+        wanted = [f"/var/cache/apt/archives/{name}" for name in debs]
     lines = [
         "set -eu",
         *install.copies(files),
         f"printf {shlex.quote(install.NO_SERVICES)} > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d",
         # What the layer beneath has in a newer version than is asked for goes back to it.
-        f"apt-get install --yes --no-install-recommends --allow-downgrades -- {' '.join(map(shlex.quote, packages))}",
+        f"apt-get install --yes --no-install-recommends --allow-downgrades -- {' '.join(map(shlex.quote, wanted))}",
+        *([f"apt-mark auto {' '.join(map(shlex.quote, automatic))}"] if automatic else []),
         "rm -f /usr/sbin/policy-rc.d",
         *install.tidy(built),
         "dpkg-query --show --showformat 'installed ${Package} ${Version}\\n'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from devns import changes, sources, trees, workflow
@@ -39,10 +40,13 @@ def diff(name: str | None, bench: Bench) -> dict[str, Any]:
     return {
         "name": spec.name,
         "files": [{"change": change, "path": path} for change, path in files],
-        "packages": [
-            {"change": _change(old, new), "name": package, "from": old, "to": new} for package, old, new in packages
-        ],
+        "packages": package_rows(packages),
     }
+
+
+def package_rows(packages: Iterable[tuple[str, str | None, str | None]]) -> list[dict[str, Any]]:
+    """`{"change", "name", "from", "to"}` for each (name, version before, version now)."""
+    return [{"change": _change(old, new), "name": name, "from": old, "to": new} for name, old, new in packages]
 
 
 def _change(old: str | None, new: str | None) -> str:
