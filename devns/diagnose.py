@@ -371,8 +371,8 @@ RANGE = 65536  # a Debian root's ids: nobody is 65534
 _KINDS: tuple[Literal["uid", "gid"], ...] = ("uid", "gid")
 
 
-def _why_no_range(host: Host) -> tuple[str, str] | None:
-    """The clause and the remedy where a range of ids cannot be mapped."""
+def _why_no_helper(host: Host) -> tuple[str, str] | None:
+    """The clause and the remedy where newuidmap cannot map anything."""
     for name in ("newuidmap", "newgidmap") if host.uid else ():  # root writes the map without their help
         path = host.which(name)
         if path is None:
@@ -388,6 +388,14 @@ def _why_no_range(host: Host) -> tuple[str, str] | None:
     if host.uid and _status(host, "NoNewPrivs"):
         clause = "no_new_privs is set on this process, so newuidmap gains no rights"
         return clause, "run devns outside of the sandbox or service around it"
+    return None
+
+
+def _why_no_range(host: Host) -> tuple[str, str] | None:
+    """The clause and the remedy where a range of ids cannot be mapped."""
+    why = _why_no_helper(host)
+    if why:
+        return why
     row = _free_row(host)
     for kind in _KINDS:
         own = host.subordinate(kind)
@@ -456,6 +464,11 @@ def range_problem(host: Host) -> Problem | None:
     """Why newuidmap cannot map a range of ids; None where nothing stands in its way. The single map is left."""
     why = _why_no_range(host)
     return Problem("range", f"no range of user ids: {why[0]}", why[1], fatal=False) if why else None
+
+
+def maps_subordinates(host: Host) -> bool:
+    """Can all ids be mapped that this host grants the user, be they fewer than a root needs?"""
+    return bool(host.subordinate("uid") and host.subordinate("gid") and not _why_no_helper(host))
 
 
 def tun_problem(host: Host) -> Problem | None:

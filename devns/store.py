@@ -435,6 +435,8 @@ class Store:
             if made:
                 with self._asking():
                     made = [name for name in made if not self._is_held(f"staging@{name}")]
+                # Where nobody holds it any more, it may have been finished meanwhile.
+                made = [name for name in made if os.path.lexists(f"{self.path}/staging/{name}")]
             return (*(f"staging/{name}" for name in made), *(f"trash/{name}" for name in self._list("trash")))
 
     def collect(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from devns import manifest, sealed
+from devns import diagnose, manifest, sealed
 from devns.errors import DevnsError
 from devns.ops import bind, tmpfs
 from devns.store import ForeignFiles
@@ -54,9 +54,7 @@ def run(
 
 def widest(host: Host) -> str:
     """ "range" where this host can map one, else "single"."""
-    if host.subordinate("uid") and host.subordinate("gid") and host.which("newuidmap") and host.which("newgidmap"):
-        return "range"
-    return "single"
+    return "range" if diagnose.maps_subordinates(host) else "single"
 
 
 def _outside(path: object, places: Mapping[str, str]) -> str:
@@ -85,6 +83,11 @@ def finishing(host: Host) -> Iterator[None]:
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
+# What overlayfs notes in an upper directory for itself, some of it at random: nobody asks a lower one for it, and without
+# it the same recipe makes the same bytes. Documentation/filesystems/overlayfs.rst, "UUID and fsid", "Inode properties"
+_NOTES = ("user.overlay.uuid", "user.overlay.origin", "user.overlay.impure")
+
+
 def record(host: Host, directory: str, map: str, *, built: int | None = None) -> dict[str, Any]:
     """Write the manifest of `directory`/root beside it: what a layer's record keeps of it. See devns.manifest.
 
@@ -92,30 +95,41 @@ def record(host: Host, directory: str, map: str, *, built: int | None = None) ->
     """
     owner = (host.uid, host.gid) if map == "range" else None  # who stay themselves inside
 
-    def write() -> dict[str, Any]:
-        if built is not None:
-            clamp("/layer/root", built)
+    def finish() -> dict[str, Any]:
+        settle("/layer/root", built)
         return manifest.write("/layer/root", f"/layer/{manifest.FILE}", owner=owner)
 
-    return {"manifest": run(host, write, write={"/layer": directory}, map=map)}
+    return {"manifest": run(host, finish, write={"/layer": directory}, map=map)}
 
 
-def clamp(root: str, latest: int) -> None:
-    """Give what is newer than `latest`, in seconds since the epoch, that time; on the file system of `root` alone.
+def settle(root: str, latest: int | None) -> None:
+    """Take away what overlayfs noted in a tree, and give what is newer than `latest`, in seconds since the epoch, that
+    time; on the file system of `root` alone.
 
     https://reproducible-builds.org/specs/source-date-epoch/
     """
-    device, times = os.lstat(root).st_dev, (latest * 1_000_000_000,) * 2
+    device, times = os.lstat(root).st_dev, ((latest or 0) * 1_000_000_000,) * 2
+    noted = "user.overlay.uuid" in _attributes(root)  # else it never was an upper directory
     todo = [root]
     while todo:
         path = todo.pop()
         status = os.lstat(path)
         if status.st_dev != device:
             continue
-        if status.st_mtime_ns > times[0]:
+        if noted:
+            for name in _attributes(path):
+                if name in _NOTES:
+                    os.removexattr(path, name, follow_symlinks=False)
+        if latest is not None and status.st_mtime_ns > times[0]:
             os.utime(path, ns=times, follow_symlinks=False)
         if status.st_mode & 0o170000 == 0o040000:
             todo += [f"{path}/{name}" for name in os.listdir(path)]
+
+
+def _attributes(path: str) -> list[str]:
+    with suppress(OSError):  # a file system without them
+        return os.listxattr(path, follow_symlinks=False)
+    return []
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

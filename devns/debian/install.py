@@ -318,7 +318,7 @@ def _catch_up(root: str, later: str, host: Host, progress: Progress, *, map: str
     workers = len(os.sched_getaffinity(0))
 
     def call() -> str:
-        trees.clamp("/", built)  # byte code says when its source was written
+        trees.settle("/", built)  # byte code says when its source was written
         requests, running = _requests(), dict[int, list[str]]()
         while requests or running:
             while requests and len(running) < workers:
