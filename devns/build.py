@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from devns import sealed, sources, trees
+from devns import durable, sealed, sources, trees
 from devns.errors import DevnsError, StepError, TemplateError
 from devns.ops import bind, tmpfs
 from devns.sealed import Place
@@ -115,9 +115,9 @@ def ensure(
             if store.layer(name) is not None:
                 continue
             for left in store.collect():
-                with suppress(DevnsError):  # as with all that is left over: the next build tries again
+                with suppress(DevnsError, OSError):  # as with all that is left over: the next build tries again
                     sealed.delete(left, host)
-            with store.staging() as staging, store.staging() as scratch:
+            with store.staging() as staging, store.staging() as scratch, durable.telling(staging.path):
                 beneath = store.layer(names[number - 1]) if number else None
                 lent, variables = _lent(spec, host, hooks) if recipe.get("network") else ([], {})
                 place = Place(

@@ -295,6 +295,7 @@ ANSWERS: dict[tuple[str, int], tuple[str, str | None]] = {
     ("cwd", E.ENOENT): ("there is no such directory inside", "start devns elsewhere, or mount it"),
     ("newuidmap", E.EPERM): ("newuidmap refuses it, although it has its rights and /etc/subuid its row", None),
     ("fork", E.EAGAIN): ("too many processes are running as you", "ulimit -u"),
+    ("account", E.EROFS): ("its root cannot be written: on a full disk overlayfs is read-only", "df -h {store}"),
     ("mount", E.EROFS): ("its mount point is missing, and devns creates nothing on the host", "create it yourself"),
     ("mount", E.ELOOP): ("a symbolic link is in the way, and it is not followed here", "name what it leads to"),
     ("mount", E.ENOTDIR): ("a file is where a directory must be, or the other way round", None),
@@ -381,6 +382,9 @@ def _why_no_helper(host: Host) -> tuple[str, str] | None:
         status, said = host.stat(path), shlex.quote(escape(path))
         if not (status and status.st_mode & stat.S_ISUID) and host.xattr(path, "security.capability") is None:
             return f"{said} is neither set-user-ID root nor has it capabilities", f"sudo chmod u+s {said}"
+        if status and status.st_uid != 0:
+            clause = f"{said} belongs to no root that this user namespace knows, so it gains no rights"
+            return clause, "run devns outside of the sandbox around it"
         mount = mount_of(host, path)
         if mount and "nosuid" in mount.options:
             point = shlex.quote(escape(mount.point))

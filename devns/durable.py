@@ -5,9 +5,35 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from devns import linux
+from devns.errors import DevnsError, Unsupported
+
+ELSEWHERE = "export DEVNS_STORE=/another/directory"
+
+
+@contextmanager
+def telling(path: str) -> Iterator[None]:
+    """What the kernel refuses becomes the sentence that the user reads: about the file it names, else about `path`."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else ""
+        what = named if named.startswith("/") and not named.startswith("/proc/self/fd/") else path
+        raise refused(what, error) from error
+
+
+def refused(what: str, error: OSError) -> DevnsError:
+    """That sentence, with a hint at what helps."""
+    number = error.errno or 0
+    said = f"{what}: {os.strerror(number).lower()}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return DevnsError(said, hint=f"free some space, or {ELSEWHERE}")
+    if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS):
+        return Unsupported(f"{said}: this file system cannot hold a store", hint=ELSEWHERE)
+    return DevnsError(said, hint="ulimit -n 1024" if number == errno.EMFILE else None)
 
 
 def read(path: str) -> bytes:
@@ -28,7 +54,7 @@ def write(path: str, data: bytes) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
 
 
 def make_directory(path: str, mode: int) -> None:
@@ -56,12 +82,17 @@ def sync(directory: str) -> None:
     """The names in a directory are on disk when this returns."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _fsync(fd: int) -> None:
+    try:
         os.fsync(fd)
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that has nothing to sync there. fsync(2)
             raise
-    finally:
-        os.close(fd)
 
 
 def sync_file_system(path: str) -> None:
@@ -69,6 +100,10 @@ def sync_file_system(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         linux.syncfs(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        os.sync()  # of all file systems, and it tells no error: the best there is without the other
     finally:
         os.close(fd)
 
@@ -115,10 +150,10 @@ def flock(path: str, operation: int) -> int:
     """A descriptor of the file at `path` that holds flock(2) `operation`. BlockingIOError as from flock(2).
 
     It is released by closing it, never by LOCK_UN, so what was forked meanwhile keeps it. The file may be deleted by
-    whoever holds it exclusively.
+    whoever holds it exclusively. On a read-only file system it is locked where it is there.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = _open_lock(path)
         try:
             fcntl.flock(fd, operation)
             if _is_at(fd, path):
@@ -127,6 +162,16 @@ def flock(path: str, operation: int) -> int:
             os.close(fd)
             raise
         os.close(fd)  # deleted by its holder while we waited: the next file of this name is another one
+
+
+def _open_lock(path: str) -> int:
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)  # over NFS only what is open for writing is locked
+    except OSError as error:
+        if error.errno != errno.EROFS or not os.path.lexists(path):
+            raise
+        return os.open(path, flags | os.O_RDONLY)
 
 
 def _is_at(fd: int, path: str) -> bool:

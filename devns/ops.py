@@ -524,18 +524,23 @@ def _add_line(root: NewRoot, path: str, name: str, number: int, line: str) -> No
             raise OSError(errno.EINVAL, "not an ordinary file of at most 1 MiB", path)
         if linux.mount_id(target) not in root.ours:
             return
-        fd = os.open(f"/proc/self/fd/{target}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    finally:
-        os.close(target)
-    with open(fd, "r+b", buffering=0) as database:
-        data = database.read(1 << 20) or b""
+        data = _read(target)
         rows = [row.split(b":") for row in data.split(b"\n") if row.count(b":") >= 2]
         if any(row[2] == b"%d" % number for row in rows):
-            return
-        while any(row[0] == name.encode() for row in rows):
-            name += "_"
-        prefix = b"\n" if data and not data.endswith(b"\n") else b""
+            return  # nothing is to be written: it may be read-only, or its disk full
+        fd = os.open(f"/proc/self/fd/{target}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    finally:
+        os.close(target)
+    while any(row[0] == name.encode() for row in rows):
+        name += "_"
+    prefix = b"\n" if data and not data.endswith(b"\n") else b""
+    with open(fd, "wb", buffering=0) as database:
         database.write(prefix + name.encode() + b":" + line.encode().split(b":", 1)[1])
+
+
+def _read(target: int) -> bytes:
+    with open(os.open(f"/proc/self/fd/{target}", os.O_RDONLY | os.O_CLOEXEC), "rb", buffering=0) as file:
+        return file.read(1 << 20) or b""
 
 
 # --- the table of all this --------------------------------------------------------------------------------------------

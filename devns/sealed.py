@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devns.accounts import ROOT
+from devns.durable import telling
 from devns.errors import DevnsError
 from devns.identity import ROOT_CAPABILITIES, identity
 from devns.launch import Explain, started
@@ -139,7 +140,8 @@ def stacked(place: Place, host: Host, mounts: Sequence[Step] = ()) -> Iterator[l
 def delete(path: str, host: Host) -> None:
     """Delete a tree that may belong to subordinate ids: their own root does it, in a namespace where they are."""
     try:
-        delete_tree(path)
+        with telling(path):
+            delete_tree(path)
     except ForeignFiles:
         above, name = os.path.split(path)
         plan = sealed_plan(host, map="range", inside=[tmpfs("/"), bind(above, "/above", readonly=False)])

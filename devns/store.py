@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from devns import durable
-from devns.errors import DevnsError, Unsupported
+from devns.errors import DevnsError
 from devns.trash import ForeignFiles as ForeignFiles
 from devns.trash import delete_tree as delete_tree
 
@@ -43,7 +43,6 @@ _OPEN = 0o755  # of a tree's own root: the mode of "/" in an environment
 _CACHE = "store@cache"  # a lock: who makes layers shares it
 _ASKING = "store@asking"  # a lock; see Store._asking
 _LEAVE = "leave every shell and command in it first"
-_ELSEWHERE = "export DEVNS_STORE=/another/directory"
 
 
 class InUse(DevnsError):
@@ -145,7 +144,9 @@ class Environment:
     @contextmanager
     def turn(self, *, blocking: bool = True) -> Iterator[None]:
         """Be the only one who writes in it. Without `blocking` raises InUse where another does."""
-        with self._store.lock(self.name, blocking=blocking):
+        busy = f"{self.name}: another devns writes in it"
+        operation = fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB)
+        with self._store._held(f"turn@{self.name}", operation, busy, "try again"):
             yield
 
     @property
@@ -188,7 +189,7 @@ class Store:
         of another version; Unsupported for a file system without locks.
         """
         store = cls(os.path.abspath(path))
-        with _telling(store.path):
+        with durable.telling(store.path):
             try:
                 status = os.lstat(store.path)
             except FileNotFoundError:
@@ -205,7 +206,7 @@ class Store:
                     store._begin()
         if version != VERSION:
             said = f"{store.path}: a store of version {version[:20]!r}, and this devns knows {VERSION}"
-            raise DevnsError(said, hint=_ELSEWHERE)
+            raise DevnsError(said, hint=durable.ELSEWHERE)
         return store
 
     def close(self) -> None:
@@ -223,7 +224,7 @@ class Store:
         path = f"{self.path}/layers/{_checked(key, is_key)}"
         if not os.path.isdir(path):
             return None
-        with _telling(path):
+        with durable.telling(path):
             self._pin(key)
             layer = self._read_layer(key)
             if layer is None:
@@ -239,7 +240,7 @@ class Store:
         """A place to make a layer in. What is not committed at the end is deleted. Meanwhile the cache stays."""
         with self._held(_CACHE, fcntl.LOCK_SH), self._scratch() as path:
             staging = Staging(path)
-            with _telling(path):
+            with durable.telling(path):
                 durable.make_directory(staging.root, _OPEN)
             yield staging
 
@@ -249,7 +250,7 @@ class Store:
         Where another process was faster its layer is returned, and ours is dropped.
         """
         final = f"{self.path}/layers/{_checked(key, is_key)}"
-        with _telling(final):
+        with durable.telling(final):
             layer = self.layer(key)
             if layer is None:
                 self._make_way(key)
@@ -265,7 +266,7 @@ class Store:
 
     def unused_layers(self) -> tuple[str, ...]:
         """The sorted keys of layers that no environment names, nothing runs over and no build holds."""
-        with _telling(self.path):
+        with durable.telling(self.path):
             unnamed = set(self.layers()).difference(*(environment.layers for environment in self.environments()))
             if not unnamed:
                 return ()
@@ -287,7 +288,7 @@ class Store:
     def environment(self, name: str) -> Environment | None:
         """The environment `name`, or None."""
         path = f"{self.path}/environments/{_checked(name, is_name)}"
-        with _telling(path):
+        with durable.telling(path):
             try:
                 return Environment(self, name, _checked_record(_load(f"{path}/environment.json")))
             except ValueError as error:
@@ -320,7 +321,7 @@ class Store:
         if before is not None and before.record == wanted and before._is_complete():
             self._unpin(*layers)
             return before, False
-        with _telling(f"{self.path}/environments/{name}"):
+        with durable.telling(f"{self.path}/environments/{name}"):
             for key in layers:
                 if self.layer(key) is None:
                     raise DevnsError(f"{name}: its layer {key} is not in the store", hint="try again")
@@ -353,7 +354,7 @@ class Store:
         final = f"{self.path}/environments/{_checked(name, is_name)}"
         taken = DevnsError(f"{name}: there is such an environment already", hint=f"devns remove {name}")
         with self._held(f"environment@{name}", fcntl.LOCK_SH), self._scratch() as path:
-            with _telling(final):
+            with durable.telling(final):
                 if os.path.lexists(final):
                     raise taken
                 wanted = json.loads(json.dumps(dict(record)))
@@ -361,11 +362,12 @@ class Store:
                 os.mkdir(f"{path}/home", 0o700)
                 _make_upper(f"{path}/{saved['upper']}")
             yield Environment(self, name, saved, place=path)
-            with _telling(final):
+            with durable.telling(final):
                 _write(f"{path}/environment.json", saved)
                 durable.sync_file_system(path)
                 if not durable.rename_new(path, final):
                     raise taken
+                self._ready(name)
                 durable.sync(f"{self.path}/environments")
 
     def reset(self, name: str, *, home: bool = False) -> None:
@@ -375,7 +377,7 @@ class Store:
         """
         place = f"{self.path}/environments/{_checked(name, is_name)}"
         missing = DevnsError(f"{name}: no such environment", hint="devns list")
-        with _telling(place):
+        with durable.telling(place):
             if not os.path.lexists(place):
                 raise missing
             self._complete()
@@ -430,7 +432,7 @@ class Store:
 
     def leftovers(self) -> tuple[str, ...]:
         """What `collect` would delete: paths relative to the store's."""
-        with _telling(self.path):
+        with durable.telling(self.path):
             made = self._list("staging")
             if made:
                 with self._asking():
@@ -461,7 +463,7 @@ class Store:
 
     def _collect_locks(self) -> None:
         """Delete the lock files of what is not there any more."""
-        parts = {"environment": "environments", "staging": "staging"}
+        parts = {"environment": "environments", "turn": "environments", "staging": "staging"}
         for entry in self._list("locks"):
             lock = entry.removesuffix(".lock")
             kind, _, name = lock.rpartition("@")
@@ -477,7 +479,7 @@ class Store:
     def _begin(self) -> None:
         """Make a store of an empty directory, or of one where this was interrupted."""
         if not {*_PARTS, "version"}.issuperset(os.listdir(self.path)):
-            raise DevnsError(f"{self.path}: holds other things than a store", hint=_ELSEWHERE)
+            raise DevnsError(f"{self.path}: holds other things than a store", hint=durable.ELSEWHERE)
         with self._scratch() as path:
             durable.write(f"{path}/version", f"{VERSION}\n".encode())
             os.rename(f"{path}/version", f"{self.path}/version")
@@ -497,11 +499,11 @@ class Store:
         """A fresh directory in staging/, deleted at the end unless it was renamed away."""
         name = os.urandom(8).hex()
         path, lock = f"{self.path}/staging/{name}", f"staging@{name}"
-        with _telling(path):
+        with durable.telling(path):
             self._complete()
         with self._held(lock, fcntl.LOCK_EX):
             try:
-                with _telling(path):
+                with durable.telling(path):
                     os.mkdir(path, 0o700)
                 yield path
             finally:
@@ -521,6 +523,7 @@ class Store:
             if os.path.lexists(final) and not os.path.isdir(final):
                 delete_tree(self._trash(final))
             durable.rename_new(path, final)
+        self._ready(name)
         durable.sync(f"{self.path}/environments")
 
     def _update_environment(self, name: str, saved: dict[str, Any]) -> None:
@@ -565,7 +568,7 @@ class Store:
     @contextmanager
     def _removal(self, path: str, lock: str, missing: DevnsError, busy: str) -> Iterator[None]:
         """Have `path` alone while it is decided whether it may go; then it goes."""
-        with _telling(path):
+        with durable.telling(path):
             if not os.path.lexists(path):
                 raise missing
             self._complete()
@@ -588,7 +591,7 @@ class Store:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def _list(self, part: str) -> list[str]:
-        with _telling(f"{self.path}/{part}"):
+        with durable.telling(f"{self.path}/{part}"):
             try:
                 return sorted(os.listdir(f"{self.path}/{part}"))
             except FileNotFoundError:
@@ -610,7 +613,7 @@ class Store:
     def _take(self, name: str, operation: int, busy: str = "", hint: str | None = None) -> int:
         """A descriptor that holds a lock until it is closed. InUse(busy) for LOCK_NB where somebody else does."""
         path = self._lock(name)
-        with _telling(path):
+        with durable.telling(path):
             try:
                 try:
                     return durable.flock(path, operation)
@@ -632,6 +635,10 @@ class Store:
         """Delete the file of a lock that is held exclusively. Where that fails collect() tries again."""
         with suppress(OSError):
             os.unlink(self._lock(lock))
+
+    def _ready(self, name: str) -> None:
+        """Make the lock of whose turn it is in an environment: it is entered where no space is left for a new file."""
+        os.close(os.open(self._lock(f"turn@{name}"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -664,22 +671,6 @@ class Store:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _telling(path: str) -> Iterator[None]:
-    """What the kernel refuses becomes the sentence that the user reads."""
-    try:
-        yield
-    except OSError as error:
-        number = error.errno or 0
-        what = error.filename if isinstance(error.filename, str) and error.filename.startswith("/") else path
-        said = f"{what}: {os.strerror(number).lower()}"
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise DevnsError(said, hint=f"free some space, or {_ELSEWHERE}") from error
-        if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS):
-            raise Unsupported(f"{said}: this file system cannot hold a store", hint=_ELSEWHERE) from error
-        raise DevnsError(said, hint="ulimit -n 1024" if number == errno.EMFILE else None) from error
-
-
 def _checked(text: str, fits: Callable[[str], bool]) -> str:
     if not fits(text):
         raise DevnsError(f"{text!a}: no name of anything in the store")
@@ -699,12 +690,12 @@ def _checked_record(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _check_private(path: str, status: os.stat_result) -> None:
     if stat.S_ISLNK(status.st_mode):
-        raise DevnsError(f"{path}: a symbolic link, where the store itself must stand", hint=_ELSEWHERE)
+        raise DevnsError(f"{path}: a symbolic link, where the store itself must stand", hint=durable.ELSEWHERE)
     if not stat.S_ISDIR(status.st_mode):
-        raise DevnsError(f"{path}: not a directory", hint=_ELSEWHERE)
+        raise DevnsError(f"{path}: not a directory", hint=durable.ELSEWHERE)
     if status.st_uid != os.geteuid():
         said = f"{path}: belongs to the user id {status.st_uid}, and you are {os.geteuid()}"
-        raise DevnsError(said, hint=_ELSEWHERE)
+        raise DevnsError(said, hint=durable.ELSEWHERE)
     if status.st_mode & 0o777 != 0o700:
         import shlex
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from devns.archive import LIMITS, ArchiveError, Entry, Limits, show
+from devns.durable import refused
+from devns.errors import DevnsError
 
 # O_PATH, because a directory need not be readable to be walked through.
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -25,6 +27,7 @@ _SYMLINKS_MAX = 40  # MAXSYMLINKS, path_resolution(7)
 _KEPT = 32  # descriptors of parent directories
 _TIME_MIN, _TIME_MAX = -(2**31) * 10**9, 2**33 * 10**9  # nanoseconds; beyond, os.utime overflows or file systems wrap
 _COPY = 1 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # --- directories by descriptor ----------------------------------------------------------------------------------------
@@ -215,6 +218,13 @@ def open_umask() -> Iterator[None]:
         os.umask(before)
 
 
+def failed(path: bytes, error: OSError) -> DevnsError:
+    """What is wrong with an entry that could not be written: it, or the disk."""
+    if error.errno in _DISK:
+        return refused(show(path), error)
+    return ArchiveError(f"{show(path)}: {error.strerror or error}")
+
+
 class Writer:
     """Writes entries beneath a root: the last entry of a name wins, but never through a link that was there before.
 
@@ -267,7 +277,7 @@ class Writer:
                 self.done.nodes += 1
                 return
         except OSError as error:
-            raise ArchiveError(f"{show(entry.path)}: {error.strerror or error}") from error
+            raise failed(entry.path, error) from error
         if (entry.uid or entry.gid) and entry.kind != "hardlink" and not (self._merge and entry.kind == "directory"):
             self._record(Owner(entry.path, entry.uid, entry.gid, entry.mode))
 
@@ -463,7 +473,7 @@ def settle(root_fd: int, directories: Mapping[bytes, Directory], *, owners: bool
             except OSError as error:
                 # A later entry made something else of it; or it's a symlink that was kept.
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise ArchiveError(f"{show(path)}: {error.strerror}") from error
+                    raise failed(path, error) from error
     return refused
 
 

@@ -82,7 +82,7 @@ def _assert_nothing_left(path: str) -> None:
     with open("/proc/self/mountinfo", "rb") as file:
         assert os.fsencode(path) not in file.read(), "I4"
     Store.open(path).collect()
-    names = {f"environment@{name}" for name in _listdir(f"{path}/environments")}
+    names = {f"{kind}@{name}" for name in _listdir(f"{path}/environments") for kind in ("environment", "turn")}
     keys = _listdir(f"{path}/layers")
     known = {"store@asking", *names, *keys, *(f"layer@{key}" for key in keys)}
     known |= {f"staging@{name}" for name in _listdir(f"{path}/staging")}

@@ -127,7 +127,7 @@ ROOMS = (
     Room("devns.sealed", never="devns.workflow devns.store"),
     Room("devns.archive", ours="devns.errors", never="subprocess socket ctypes"),
     Room("devns.debfile", ours="devns.archive devns.errors", never="subprocess socket ctypes"),
-    Room("devns.writer", ours="devns.archive devns.errors", never="subprocess socket ctypes"),
+    Room("devns.writer", ours="devns.archive devns.durable devns.errors", never="subprocess socket ctypes"),
     Room("devns.unpack", never="devns.spec devns.store devns.workflow devns.plugins"),
     Room("devns.sources", never="devns.workflow devns.library devns.store"),
     Room("devns.sources.*", never="devns.workflow devns.library devns.store"),

@@ -261,7 +261,10 @@ def _program() -> bytes:
     allow = (0x06, 0, 0, 0x7FFF_0000)
     code = [(0x20, 0, 0, 4), (0x15, 1, 0, _ARCH), allow, (0x20, 0, 0, 0)]  # of another ABI nothing is seen
     for name, number in NUMBERS.items():
-        if name in _FLAGS:
+        if name == "write":  # of one byte: Python's signal handler wakes a poll(2) by it, and no disk can refuse that
+            size = [(0x20, 0, 0, 16 + 8 * 2), (0x15, 0, 1, 1), allow, trace(number)]
+            code += [(0x15, 0, len(size), number), *size]
+        elif name in _FLAGS:
             flags = [(0x20, 0, 0, 16 + 8 * _FLAGS[name]), (0x45, 0, 1, _MAKES), trace(number), allow]
             code += [(0x15, 0, len(flags), number), *flags]
         else:

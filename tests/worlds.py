@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import re
 import shutil
@@ -11,11 +12,12 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from devns import build, plugins, workflow
+from devns import build, linux, plugins, workflow
 from devns.host import Host
 from devns.launch import started
 from devns.progress import Silent
@@ -144,6 +146,34 @@ class World:
     def clear(self) -> None:
         if os.path.lexists(self.store):
             delete(self.store, self.bench().host)
+
+
+def apart(prepare: Callable[[], object], function: Callable[[], Any]) -> Any:
+    """What `function()` returns, a JSON value, in a process with a mount namespace of its own, in which `prepare()` may
+    mount; what it starts sees these mounts, too. The user is the same, and no other id is mapped."""
+    answer, told = os.pipe()
+    uid, gid = os.getuid(), os.getgid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(answer)
+            linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+            prepare()
+            found = {"value": function()}
+        except BaseException:
+            found = {"failed": traceback.format_exc()}
+        with open(told, "w") as file:
+            json.dump(found, file)
+        os._exit(0)
+    os.close(told)
+    with open(answer) as file:
+        found = json.load(file)
+    os.waitpid(pid, 0)
+    assert "failed" not in found, found["failed"]
+    return found["value"]
 
 
 def tree(path: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from devns import sealed, sources, unpack
-from devns.errors import TemplateError
+from devns.errors import DevnsError, TemplateError
 from devns.ops import bind, tmpfs
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
 
         def call() -> str:
             root_fd = os.open("/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            unpack.unpack_tar(archive, root_fd, keep_special=True, owners=recipe["map"] == "range")
+            try:
+                unpack.unpack_tar(archive, root_fd, keep_special=True, owners=recipe["map"] == "range")
+            except DevnsError as error:
+                raise type(error)(f"{recipe['path']}: {error.message}", hint=error.hint) from None
             return ""
 
         sealed.run_sealed(plan, call=call, keep=[archive])

@@ -476,7 +476,7 @@ def test_collecting_deletes_the_locks_of_what_is_not_there_and_no_others(store: 
         pass
     with store.lock("1" * 64):
         store.collect()
-        kept = {BASE, f"layer@{BASE}", "environment@demo", "store@asking", "1" * 64}
+        kept = {BASE, f"layer@{BASE}", "environment@demo", "turn@demo", "store@asking", "1" * 64}
         assert set(os.listdir(f"{store.path}/locks")) == {f"{name}.lock" for name in kept}
 
 
@@ -734,10 +734,10 @@ def test_removing_an_environment_takes_its_home_and_leaves_its_layers(store: Sto
     write(f"{environment.home}/file", "")
     store.remove("demo")
     assert (os.path.lexists(environment.path), store.layers()) == (False, (BASE,))
-    assert [name for name in os.listdir(f"{store.path}/locks") if "demo" in name] == []
     with pytest.raises(DevnsError, match="no such environment"):
         store.remove("demo")
     assert_store_sound(store.path)
+    assert [name for name in os.listdir(f"{store.path}/locks") if "demo" in name] == []
 
 
 def test_X_30_what_is_of_another_user_id_is_taken_away_and_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -581,12 +581,13 @@ def test_a_full_disk_names_the_archive_and_the_file(root: Path, outside: Path, m
     archive.write_bytes(tarball(file("big", b"x")))
     root_fd = os.open(root, os.O_RDONLY)
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(ArchiveError) as caught:
+    with pytest.raises(DevnsError) as caught:
         unpack_tar(str(archive), root_fd, keep_special=False, owners=False)
     monkeypatch.undo()
     os.close(root_fd)
     archive.unlink()
-    assert caught.value.message == "archive.tar: 'big': No space left on device"
+    assert caught.value.message == "archive.tar: 'big': no space left on device"
+    assert str(caught.value.hint).startswith("free some space")
 
 
 # --- the walker -------------------------------------------------------------------------------------------------------
