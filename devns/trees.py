@@ -82,9 +82,8 @@ def finishing(host: Host) -> Iterator[None]:
 
 # --- recording --------------------------------------------------------------------------------------------------------
 
-
 # What overlayfs notes in an upper directory for itself, some of it at random: nobody asks a lower one for it, and
-# without it the same recipe makes the same bytes. Documentation/filesystems/overlayfs.rst, "UUID and fsid", "Inode properties"
+# without it the same recipe makes the same bytes. Documentation/filesystems/overlayfs.rst, "UUID and fsid"
 _NOTES = ("user.overlay.uuid", "user.overlay.origin", "user.overlay.impure")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from devns import sealed
 from devns.debian import archive, install, repository
+from devns.debian.errors import MirrorError
 from devns.errors import TemplateError, Unsupported
 from devns.lock import FILE as LOCK_FILE
 from devns.lock import VERSION as LOCK_VERSION
@@ -131,8 +132,16 @@ def directories(spec: Spec, host: Host) -> list[str]:
 
 def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
     """Resolve, download, unpack, configure. What was installed is returned, for the layer's record."""
-    if "parent" in recipe:
-        return _add(recipe, place, host, cache, progress)
+    try:
+        return (_add if "parent" in recipe else _begin)(recipe, place, host, cache, progress)
+    except MirrorError as error:
+        if "locked" not in recipe:
+            raise
+        raise MirrorError(error.message, hint="the archive may have it no more: devns lock --update") from None
+
+
+def _begin(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress: Progress) -> dict[str, Any]:
+    """The first layer, out of nothing."""
     selection = _select(recipe, host, cache, progress)
     built = max(selection.released.values())
     install.install(selection, place, host, cache, progress, map=recipe["map"], built=built)
