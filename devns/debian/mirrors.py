@@ -48,6 +48,8 @@ class Route:
     exempt: tuple[str, ...] = ()  # $no_proxy
     cafile: str | None = None
     cadir: str | None = None
+    certificate: str | None = None  # of the client, for a server that asks for one
+    key: str | None = None  # where it isn't in the same file
 
     def proxy(self, scheme: str, host: str) -> str | None:
         """The proxy's URL for `scheme` and `host`, or None."""
@@ -116,7 +118,10 @@ def find(host: Host) -> Mirrors:
 
 
 def route(host: Host, conf: Mapping[str, str]) -> Route:
-    """The proxies of apt's configuration, which as in apt come first, then those of the environment; the CA bundle."""
+    """The proxies of apt's configuration, which as in apt come first, then those of the environment; certificates.
+
+    What apt can be told not to verify is verified here all the same: Acquire::https::Verify-Peer, Verify-Host.
+    """
     proxies = {}
     for scheme in ("http", "https"):
         said = host.environ.get(f"{scheme}_proxy") or host.environ.get("all_proxy")
@@ -136,6 +141,8 @@ def route(host: Host, conf: Mapping[str, str]) -> Route:
         tuple(name for name in re.split(r"[,\s]+", no_proxy) if name),
         host.environ.get("SSL_CERT_FILE") or conf.get("acquire::https::cainfo") or _bundle(host),
         host.environ.get("SSL_CERT_DIR") or None,
+        conf.get("acquire::https::sslcert") or None,
+        conf.get("acquire::https::sslkey") or None,
     )
 
 

@@ -193,7 +193,10 @@ class Session:
             return http.client.HTTPConnection(host, parts.port, timeout=self.idle)
         way = split(proxy)
         if way is None or way.scheme != "http" or not way.hostname:
-            raise Unsupported(f"{_shown(proxy)}: devns can't use this kind of proxy", hint="name an http:// proxy")
+            raise Unsupported(
+                f"{_shown(proxy)}: devns can't use this kind of proxy",
+                hint="name an http:// one: Acquire::http::Proxy, http_proxy",
+            )
         if parts.scheme == "http":
             return http.client.HTTPConnection(way.hostname, way.port or 80, timeout=self.idle)
         tunnel = http.client.HTTPSConnection(way.hostname, way.port or 80, timeout=self.idle, context=self._context())
@@ -207,8 +210,17 @@ class Session:
             except (OSError, ssl.SSLError) as error:
                 raise Unsupported(
                     f"{self.route.cafile or self.route.cadir}: no CA certificates can be read: {error}",
-                    hint="SSL_CERT_FILE names the file that has them",
+                    hint="SSL_CERT_FILE, or apt's Acquire::https::CaInfo, names the file that has them",
                 ) from error
+            if self.route.certificate:
+                try:
+                    self._tls.load_cert_chain(self.route.certificate, self.route.key)
+                except (OSError, ssl.SSLError) as error:
+                    self._tls = None
+                    raise Unsupported(
+                        f"{self.route.certificate}: no certificate and key can be read: {error}",
+                        hint="apt's Acquire::https::SslCert and Acquire::https::SslKey name them",
+                    ) from error
         return self._tls
 
 
@@ -291,7 +303,8 @@ def explain(error: Exception, url: str) -> MirrorError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return MirrorError(
             f"{host}: its certificate is not good: {error.verify_message}",
-            hint="behind a proxy that opens TLS, SSL_CERT_FILE names the CA bundle that has its certificate",
+            hint="behind a proxy that opens TLS, SSL_CERT_FILE or apt's Acquire::https::CaInfo names a CA bundle that has "
+            "its certificate",
         )
     if isinstance(error, ssl.SSLError):
         return MirrorError(f"{host}: TLS failed: {error.reason or error}", hint="does it speak TLS at all?")

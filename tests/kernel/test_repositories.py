@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from devns.debian import mirrors
+from devns.host import Host
 from tests.kernel.test_debian_root import Cli, Done, need_a_mirror
 from tests.pure.test_debian_kit import Server, Signer, date, release_text, send, serving
 
@@ -200,6 +202,8 @@ def signed_by_a_stranger(vendor: Vendor) -> None:
 
 
 def expired(vendor: Vendor) -> None:
+    if not mirrors.find(Host.probe()).ages[""].check_until:
+        pytest.skip("needs an apt that is not told to ignore Valid-Until, and this machine's is")
     vendor.publish("1.0", age=90000, valid_until=date(time.time() - 86400))
 
 
@@ -246,8 +250,7 @@ def test_what_is_not_as_the_template_says_is_one_sentence_and_leaves_nothing(ven
     vendor.devns("trust")
     done = vendor.devns("run", "--", "gadget")
     assert (done.returncode, done.stdout) == (status, "")
-    said = [line for line in done.stderr.splitlines() if line.startswith("devns: ")]
-    assert len(said) == 1, done.stderr
-    assert sentence in said[0]
-    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("devns: ")]  # stages of the build, then it
+    assert sentence in said[-1], done.stderr
+    assert (done.stderr.count(sentence), "Traceback" in done.stderr) == (1, False)
     assert (vendor.cli.names("layers"), vendor.cli.names("staging")) == (before, [])

@@ -123,6 +123,21 @@ def test_S_13_a_mirror_without_a_signature_is_refused(host: MakeHost, mirror: Pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_S_13_what_apt_is_told_to_believe_unsigned_is_refused_all_the_same(
+    host: MakeHost, mirror: Path, tmp_path: Path
+) -> None:
+    for path in mirror.parent.glob("*/dists/*/InRelease"):
+        path.write_bytes(release_text())
+    conf = (
+        'Acquire { AllowInsecureRepositories "true"; AllowWeakRepositories "true"; }; APT::Get::AllowUnauthenticated 1;'
+    )
+    entry = f"deb [trusted=yes allow-insecure=yes] file://{mirror}{{}} bookworm{{}} main\n"
+    sources = entry.format("", "") + entry.format("-security", "-security")
+    machine = host({"/etc/apt/apt.conf": conf, "/etc/apt/sources.list": sources})
+    with pytest.raises(Untrusted, match="not a signed Release file"):
+        select(machine, tmp_path)
+
+
 def test_S_13_a_mirror_that_has_only_an_unsigned_release_is_refused(
     host: MakeHost, mirror: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.server
 import lzma
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,8 +127,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(replies: Mapping[str, Reply] | None = None, *, root: Path | None = None) -> Iterator[Server]:
-    """`replies` by path, and beneath `root` files; anything else is a 404."""
+def serving(
+    replies: Mapping[str, Reply] | None = None, *, root: Path | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
+    """`replies` by path, and beneath `root` files; anything else is a 404. With `tls` it is https://localhost."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -151,7 +154,12 @@ def serving(replies: Mapping[str, Reply] | None = None, *, root: Path | None = N
         def handle_error(self, request: object, client_address: object) -> None: ...
 
     with Listener(("127.0.0.1", 0), Handler) as listener:
-        server = Server(f"http://127.0.0.1:{listener.server_address[1]}", dict(replies or {}))
+        place = f"http://127.0.0.1:{listener.server_address[1]}"
+        if tls:
+            # The handshake in the thread of the request: a client that ends it must not end the server.
+            listener.socket = tls.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
+            place = place.replace("http://127.0.0.1", "https://localhost")
+        server = Server(place, dict(replies or {}))
         thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:

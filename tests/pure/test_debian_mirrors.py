@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devns.debian import mirrors
+from devns.debian.mirrors import Ages
 from devns.errors import TemplateError, Unsupported
 
 if TYPE_CHECKING:
@@ -187,6 +188,27 @@ def test_apts_proxy_comes_before_the_environments(host: MakeHost) -> None:
     asked = [("http", "mirror.test"), ("http", "direct.test"), ("https", "mirror.test"), ("http", "a.corp.test")]
     assert [mirror.route.proxy(*place) for place in asked] == ["http://proxy.test:3142", None, "http://tls.test", None]
     assert [mirror.ages[name].check_until for name in ("main", "security", "")] == [False, False, False]
+
+
+def test_apts_settings_for_the_age_of_a_release_are_heeded_those_of_the_entry_first(host: MakeHost) -> None:
+    conf = """
+        Acquire::Max-ValidTime "86400"; Acquire::Max-ValidTime::Debian-Security "3600";
+        Acquire::Min-ValidTime "x"; Acquire::Max-FutureTime "5"; Acquire::Check-Date "false";
+    """
+    sources = DEB822.replace("Check-Valid-Until: no", "Valid-Until-Min: 60\nDate-Max-Future: 7\nCheck-Date: yes")
+    ages = mirrors.find(host({SOURCES: sources, "/etc/apt/apt.conf": conf})).ages
+    assert ages == {
+        "": Ages(check_date=False, future=5, longest=86400),
+        "main": Ages(check_date=False, future=5, longest=86400),
+        "security": Ages(future=7, shortest=60, longest=3600),
+    }
+
+
+def test_the_file_that_apt_is_told_of_is_read_first(host: MakeHost) -> None:
+    files = {"/a.conf": 'a "1"; b "1";', "/etc/apt/apt.conf.d/x": 'b "2"; c "2";', "/etc/apt/apt.conf": 'c "3";'}
+    for said, first in (("/a.conf", {"a": "1"}), ("a.conf", {}), ("", {})):
+        machine = host(files, environ=environ(APT_CONFIG=said))
+        assert mirrors.read_apt_conf(machine) == {**first, "b": "2", "c": "3"}
 
 
 def test_the_environments_proxy_is_used_where_apt_says_nothing(host: MakeHost) -> None:

@@ -44,6 +44,39 @@ def test_S_17_where_apt_does_not_look_at_the_time_neither_do_we() -> None:
     assert read(release_text(FILES, valid_until=date(NOW - 86400)), ages=Ages(check_until=False)).name == "bookworm"
 
 
+def test_S_17_apts_longest_and_shortest_time_bound_what_the_release_says() -> None:
+    day, month = 86400, 30 * 86400
+    for fields, ages, ends in (
+        ({}, Ages(), None),
+        ({}, Ages(longest=day), day),
+        ({}, Ages(shortest=day), None),
+        ({"valid_until": date(NOW + 7 * day)}, Ages(longest=day), day),
+        ({"valid_until": date(NOW + 7 * day)}, Ages(longest=month), 7 * day),
+        ({"valid_until": date(NOW + day)}, Ages(shortest=7 * day), 7 * day),
+        ({"valid_until": date(NOW + day)}, Ages(shortest=7 * day, longest=2 * day), 2 * day),
+    ):
+        text = release_text(FILES, date=date(NOW), **fields)
+        assert read(text, ages=ages, now=NOW + (ends or 100 * month) - 1).date == NOW
+        if ends is not None:
+            with pytest.raises(Untrusted, match="it was good until"):
+                read(text, ages=ages, now=NOW + ends + 1)
+
+
+def test_S_17_a_release_of_tomorrow_is_refused() -> None:
+    text = release_text(FILES, date=date(NOW + 60))
+    with pytest.raises(Untrusted, match=r"it is of 2027-01-15 08:01 UTC, and now it is 2027-01-15 08:00") as caught:
+        read(text)
+    assert 'Acquire::Check-Date "false"' in (caught.value.hint or "")
+    assert read(text, ages=Ages(future=60)).date == NOW + 60
+    assert read(text, ages=Ages(check_date=False)).date == NOW + 60
+    assert read(text, now=NOW + 50).date == NOW + 60
+
+
+def test_S_17_where_the_clock_counts_for_nothing_no_time_does() -> None:
+    stale = release_text(FILES, valid_until=date(NOW - 86400))
+    assert read(stale, ages=Ages(check_date=False)).name == "bookworm"
+
+
 @pytest.mark.parametrize("text", ["tomorrow", "Sat, 11 Jul 2026 10:16:37 CEST", "99 Xxx 2026"])
 def test_S_17_a_time_that_is_none_is_refused(text: str) -> None:
     for fields in ({"valid_until": text}, {"date": text}):
