@@ -20,7 +20,6 @@ from devns.errors import TemplateError
 # dependencies are deeper than Python's stack.
 Marking = Generator["Marking", bool, bool]
 
-_ROUNDS = 3  # each mends what the one before broke
 _REQUEST = re.compile(r"(?P<name>[a-z0-9+.-]+?)(?::(?P<architecture>[a-z0-9-]+?))?(?:(?P<minus>-)|=(?P<version>\S+))?")
 
 
@@ -147,11 +146,11 @@ class _Marks:
             self.installed.add(name)
         for name in names:
             _run(self._mark(name, deep=True, requested=True))
-        # A later request may have unmarked what an earlier one chose: another choice may be left.
-        for _ in range(_ROUNDS):
-            for name in self.broken():
-                _run(self._mark(name, deep=True, requested=name in names))
-
+        # A later request may have unmarked what an earlier one chose. apt looks once more for what was asked for itself;
+        # deeper down another choice may be left, but taking it would be its problem resolver's, which holds back.
+        for name in names:
+            if self._is_broken(self._paragraph(name)):
+                _run(self._mark(name, deep=True, requested=True))
         self._sweep(names)
 
     def _sweep(self, roots: Sequence[str]) -> None:

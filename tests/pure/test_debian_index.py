@@ -119,6 +119,14 @@ def test_S_21_a_field_that_says_what_cannot_be_is_refused(key: str, value: str) 
         newest(scanned(paragraph("a", **{key: value})))
 
 
+@pytest.mark.parametrize(
+    "digest", ["../" * 21 + "x", "A" * 64, "a" * 63, "a" * 65, "md5:" + "a" * 60, "sha256:" + "a" * 64, "a" * 32, ""]
+)
+def test_S_04_what_is_no_sha256_is_never_used_as_one(digest: str) -> None:
+    with pytest.raises(Untrusted, match="SHA256"):
+        indexed(paragraph("a", sha256=digest)).candidate("a")
+
+
 def test_S_21_a_field_said_twice_is_refused() -> None:
     with pytest.raises(Untrusted, match="said twice"):
         newest(scanned(paragraph("a").replace(b"Size", b"SHA256: " + b"b" * 64 + b"\nSize")))

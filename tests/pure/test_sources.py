@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from devns import sources
 from devns.errors import TemplateError
 from devns.host import Host
-from devns.spec import Root, Spec
+from devns.sources import debian
+from devns.spec import Repository, Root, Said, Spec
 
 if TYPE_CHECKING:
     from tests.conftest import MakeHost
@@ -59,6 +62,57 @@ def test_C_11_a_root_on_the_deny_list_is_refused(host: MakeHost, path: str, why:
     made = host(FILES, links={"/srv/home": HOME})
     with pytest.raises(TemplateError, match=f"t.toml: root.from: {path}: {why}"):
         place(f"dir:{path}", made)
+
+
+ROW = {"uri": "https://apt.test", "suite": "x", "fingerprint": "f"}
+KEYED = Repository("https://apt.test", "x", f"{PROJECT}/x.asc", "f")
+INLINE = replace(KEYED, key="-----BEGIN PGP PUBLIC KEY BLOCK-----\n")
+
+
+def recipes(host: Host, said: Said = Said(), **root: Any) -> list[dict[str, Any]]:
+    spec = Spec("p", "t.toml", project=PROJECT, root=Root("debian:bookworm", **root), said=said)
+    return debian.recipes(spec, host)
+
+
+def test_a_recipe_has_the_key_itself_and_another_key_is_another_recipe(host: MakeHost) -> None:
+    made = host({f"{PROJECT}/x.asc": "one"})
+    (recipe,) = recipes(made, repositories=(KEYED, INLINE))
+    assert recipe["repositories"] == [
+        {**ROW, "components": ["main"], "key": "one"},
+        {**ROW, "components": ["main"], "key": INLINE.key},
+    ]
+    before = sources.key(recipe)
+    Path(f"{made.root}{PROJECT}/x.asc").write_text("two")
+    assert sources.key(recipes(made, repositories=(KEYED, INLINE))[0]) != before
+    assert "repositories" not in recipes(made)[0]
+
+
+def test_a_repository_of_the_projects_own_leaves_the_templates_layer_as_it_is(host: MakeHost) -> None:
+    made = host({f"{PROJECT}/x.asc": "one"})
+    (plain,) = recipes(made, repositories=(INLINE,), packages=("a",))
+    base, added = recipes(made, Said(("b",), (KEYED,)), repositories=(INLINE, KEYED), packages=("a", "b"))
+    assert base == plain
+    assert (added["parent"], added["packages"]) == (sources.key(base), ["b"])
+    assert [row["key"] for row in added["repositories"]] == [INLINE.key, "one"]
+    base, added = recipes(made, Said((), (KEYED,)), repositories=(INLINE, KEYED), packages=("a",))
+    assert (base, added["packages"]) == (plain, [])
+
+
+@pytest.mark.parametrize(
+    ("files", "links", "why"),
+    [
+        ({}, {}, "no such file"),
+        ({f"{PROJECT}/x.asc": ""}, {}, "no such file, or an unreadable or empty one"),
+        ({f"{PROJECT}/x.asc": None}, {}, "no such file, or an unreadable or empty one"),
+        (FILES, {f"{PROJECT}/x.asc": "../.ssh/id"}, f"leads out of the project, to {HOME}/.ssh/id"),
+    ],
+)
+def test_C_11_a_key_is_a_file_that_may_be_read_for_it(
+    host: MakeHost, files: dict[str, str], links: dict[str, str], why: str
+) -> None:
+    with pytest.raises(TemplateError) as caught:
+        recipes(host(files, links=links), repositories=(KEYED,))
+    assert caught.value.message.startswith(f"t.toml: root.repository.key: {PROJECT}/x.asc: {why}")
 
 
 def test_a_root_beside_the_users_own_template_is_a_root(host: MakeHost) -> None:

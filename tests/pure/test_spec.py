@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from devns.errors import TemplateError
 from devns.host import Host
-from devns.spec import Build, Env, Namespaces, Root, Said, Shell, Spec, Time, User, Uts, make_spec
+from devns.spec import Build, Env, Namespaces, Repository, Root, Said, Shell, Spec, Time, User, Uts, make_spec
 from devns.template import Document, SourceFile, load, parse
 
 HOME = "/home/dev"
@@ -122,6 +122,64 @@ def test_a_namespace_is_switched_with_true_and_false() -> None:
 def test_a_path_of_the_root_is_meant_from_the_file_that_says_it(said: str, by: str, wanted: str) -> None:
     made = make_spec(document(f"root.from = '{said}'", origin={"root": FILE, "root.from": by}), {})
     assert made.root.source == wanted
+
+
+REPOSITORY = f"""
+[root]
+from = "debian:bookworm"
+[[root.repository]]
+uri = "https://apt.test/x/"
+suite = "stable"
+key = "./x.asc"
+fingerprint = "{"ABCD EF01 " * 5}"
+"""
+
+
+def test_a_repository_is_written_in_one_way_and_its_key_meant_from_the_file_that_says_it() -> None:
+    by = {"root.repository[0]": "/etc/templates/base.toml"}
+    wanted = Repository("https://apt.test/x", "stable", "/etc/templates/x.asc", "abcdef01" * 5)
+    assert make_spec(document(REPOSITORY, origin=by), {}).root.repositories == (wanted,)
+    armor = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nAAAA\n-----END PGP PUBLIC KEY BLOCK-----\n"
+    inline = spec(REPOSITORY.replace('"./x.asc"', f"'''\n{armor}'''")).root.repositories
+    assert inline == (replace(wanted, key=armor),)
+
+
+@pytest.mark.parametrize(
+    ("said", "instead", "message"),
+    [
+        ('uri = "https://apt.test/x/"\n', "", "root.repository[0].uri: is required"),
+        ('suite = "stable"\n', "", "root.repository[0].suite: is required"),
+        ('key = "./x.asc"\n', "", "root.repository[0].key: is required"),
+        ("fingerprint", "# ", "root.repository[0].fingerprint: is required"),
+        ("ABCD EF01 ABCD", "ABCD", 'root.repository[0].fingerprint: no fingerprint: "ABCD EF01 ABCD EF01 '),
+        ("ABCD EF01 ABCD", "GBCD EF01 ABCD", "root.repository[0].fingerprint: no fingerprint: "),
+        ("https://", "file://", 'root.repository[0].uri: no URL of a repository: "file://apt.test/x/"'),
+        ("https://", "ftp://", "root.repository[0].uri: no URL of a repository: "),
+        ("apt.test", "user:secret@apt.test", "root.repository[0].uri: has a user in it"),
+        ("/x/", "/../x", "root.repository[0].uri: no URL of a repository: "),
+        ("/x/", "/x?y", "root.repository[0].uri: no URL of a repository: "),
+        ("/x/", "/x\\nSigned-By: /y", "root.repository[0].uri: no URL of a repository: "),
+        ('"stable"', '"./"', "root.repository[0].suite: a flat repository, which has no suites: "),
+        ('"stable"', '"a/../../b"', "root.repository[0].suite: no name of a suite: "),
+        ('"stable"', '"a b"', "root.repository[0].suite: no name of a suite: "),
+        ("suite", "components = []\nsuite", "root.repository[0].components: is empty"),
+        ("suite", 'components = ["../x"]\nsuite', 'root.repository[0].components: no name of a component: "../x"'),
+        ('"./x.asc"', '"a\\nb"', "root.repository[0].key: must be a path, or begin with "),
+        ('"debian:bookworm"', '"host"', 'root.repository[0]: is for a debian: root, not "host"'),
+        ("uri", "trusted = true\nuri", "root.repository[0].trusted: no such key"),
+    ],
+)
+def test_C_01_a_repository_that_cannot_be_meant_is_one_sentence(said: str, instead: str, message: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        spec(REPOSITORY.replace(said, instead))
+    assert caught.value.message.startswith(f"{FILE}: {message}")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[debian]\nmirror = 'http://evil.test'", "[root]\nmirror = 'http://evil.test'"])
+def test_S_24_no_template_names_a_mirror_of_debians(text: str) -> None:
+    with pytest.raises(TemplateError, match="no such"):
+        spec(text)
 
 
 def test_a_core_table_cannot_be_claimed_away() -> None:

@@ -136,6 +136,25 @@ def test_anything_else_is_a_grant(tmp_path: Path, text: str, wanted: list[tuple[
     assert asked(tmp_path, text) == wanted
 
 
+def test_S_24_a_repository_is_asked_for_before_all_else_and_told_by_its_fingerprint(tmp_path: Path) -> None:
+    armor = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n" + "A" * 3000
+    text = (
+        ASKS
+        + "[unheard.of]\nx = 1\n"
+        + "".join(
+            f"[[root.repository]]\nuri = 'https://apt.test/'\nkey = {key}\nfingerprint = 'F'\n"
+            for key in ("'./x.asc'", f"'''{armor}'''")
+        )
+    )
+    found = asked(tmp_path, text)
+    assert [key for key, _ in found] == ["root.repository"] * 2 + ["unheard.of.x", "mount.bind", "network.mode"]
+    row = '{ uri = "https://apt.test/", key = "%s", fingerprint = "F" }'
+    assert [value for _, value in found[:2]] == [
+        row % "./x.asc",
+        row % "-----BEGIN PGP PUBLIC KEY BLOCK-----",
+    ]
+
+
 def test_what_an_included_file_of_the_project_asks_for_counts(tmp_path: Path) -> None:
     host = machine(tmp_path, {FILE: "extends = './a/base.toml'", f"{PROJECT}/a/base.toml": ASKS})
     assert [grant.key for grant in grants(load(None, host))] == ["mount.bind", "network.mode"]
