@@ -39,6 +39,8 @@ ENV = {
 _SCRIPT_ENV = {"DPKG_MAINTSCRIPT_NAME": "preinst", "DPKG_ROOT": ""}
 # Nothing is started while it is installed: there is no init that could. invoke-rc.d(8)
 NO_SERVICES = "#!/bin/sh\nexit 101\n"
+# timeout(1), of coreutils, which is Essential. Thousands of packages on a slow machine take less.
+_PATIENCE = "3h"
 # Packages whose preinst others lean on: the first accounts, then the C library. The rest have no order among them.
 _FIRST = ("base-passwd", "libc6")
 
@@ -187,7 +189,7 @@ def _configure(
         *(bind(path, f"/run/devns/lists/{name}") for name, path in selection.lists.items()),
     ]
     plan = sealed.sealed_plan(
-        host, map=map, inside=inside, argv=["/bin/sh", "/run/devns/configure"], env={**ENV, **_SCRIPT_ENV}
+        host, map=map, inside=inside, argv=patient("/run/devns/configure"), env={**ENV, **_SCRIPT_ENV}
     )
 
     def line(text: str) -> None:
@@ -195,6 +197,13 @@ def _configure(
             progress.advance()
 
     sealed.run_sealed(plan, line=line)
+
+
+def patient(script: str, patience: str = _PATIENCE) -> list[str]:
+    """What runs `script` and ends it when it hangs. What it started ends with its PID namespace."""
+    said = f"stopped: not done in {patience}: one of its packages' scripts hangs"
+    watch = f'timeout --kill-after=10 {patience} /bin/sh "$0" || {{ s=$?; [ $s -ne 124 ] || echo "{said}"; exit $s; }}'
+    return ["/bin/sh", "-c", watch, script]
 
 
 def tidy(built: int) -> tuple[str, ...]:

@@ -146,8 +146,8 @@ class _Marks:
             self.installed.add(name)
         for name in names:
             _run(self._mark(name, deep=True, requested=True))
-        # A later request may have unmarked what an earlier one chose. apt looks once more for what was asked for itself;
-        # deeper down another choice may be left, but taking it would be its problem resolver's, which holds back.
+        # A later request may have unmarked what an earlier one chose. apt looks once more for what was asked for by
+        # name; deeper down another choice may be left, but that is its problem resolver's, which rather holds back.
         for name in names:
             if self._is_broken(self._paragraph(name)):
                 _run(self._mark(name, deep=True, requested=True))

@@ -303,8 +303,8 @@ def explain(error: Exception, url: str) -> MirrorError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return MirrorError(
             f"{host}: its certificate is not good: {error.verify_message}",
-            hint="behind a proxy that opens TLS, SSL_CERT_FILE or apt's Acquire::https::CaInfo has a CA bundle with its "
-            "certificate",
+            hint="behind a proxy that opens TLS, name the CA bundle that has its certificate: SSL_CERT_FILE, or apt's "
+            "Acquire::https::CaInfo",
         )
     if isinstance(error, ssl.SSLError):
         return MirrorError(f"{host}: TLS failed: {error.reason or error}", hint="does it speak TLS at all?")

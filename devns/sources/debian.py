@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from devns import sealed
-from devns.debian import archive, install, repository
+from devns.debian import archive, install, mirrors, repository
 from devns.debian.errors import MirrorError
 from devns.errors import TemplateError, Unsupported
 from devns.lock import FILE as LOCK_FILE
@@ -196,6 +196,7 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
         *(bind(path, f"/var/lib/apt/lists/{name}") for name, path in selection.lists.items()),
         file("/etc/apt/sources.list.d/debian.sources", selection.sources),
         *install.files(selection.files.values()),
+        file("/etc/apt/apt.conf.d/90devns", _proxies(host)),
         file("/run/devns/install", _install_script(recipe, list(files), list(selection.files), built)),
     ]
     progress.stage("install", total=len(missing), unit="packages")
@@ -213,7 +214,7 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
             host,
             map=recipe["map"],
             inside=inside,
-            argv=["/bin/sh", "/run/devns/install"],
+            argv=install.patient("/run/devns/install"),
             env={**place.variables, **sealed.ENV, "DEBCONF_NONINTERACTIVE_SEEN": "true"},
             network=recipe["network"],
         )
@@ -240,3 +241,14 @@ def _install_script(recipe: dict[str, Any], debs: Sequence[str], files: Sequence
         "dpkg-query --show --showformat 'installed ${Package} ${Version}\\n'",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _proxies(host: Host) -> str:
+    """The proxies that apt's configuration names here, for the apt inside; one with a password stays outside."""
+    found = mirrors.route(host, mirrors.read_apt_conf(host)).proxies
+    keys = {key: key.partition("::") for key in found}
+    return "".join(
+        f'Acquire::{scheme}::Proxy{mark}{name} "{found[key]}";\n'
+        for key, (scheme, mark, name) in keys.items()
+        if found[key].isprintable() and not set(found[key]) & {"@", '"'}
+    )

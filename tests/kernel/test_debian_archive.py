@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from devns.debian import archive, index, mirrors, resolve, version
+from devns.debian import archive, index, mirrors, release, resolve, version
 from devns.debian.errors import MirrorError
 from devns.errors import TemplateError, Unsupported
 from devns.host import Host
@@ -107,13 +108,15 @@ def _says(dpkg: str, a: str, relation: str, b: str) -> bool:
 class Apt:
     """An apt of our own, with the same archive and an empty system, that needs no root and changes nothing."""
 
-    def __init__(self, real: Real, root: Path) -> None:
+    def __init__(self, real: Real, root: Path, more: str = "") -> None:
+        if shutil.which("apt-get") is None:
+            pytest.skip("needs apt-get, to be asked the same questions; it is not installed")
         for name in ("lists/partial", "cache/archives/partial", "etc"):
             (root / name).mkdir(parents=True)
         (root / "status").touch()
         # That it is Debian's was checked already, with keys that this machine may not have where apt looks for them.
         sources = re.sub(r"(?m)^Signed-By: .*$", "Trusted: yes", real.selection.sources)
-        (root / "debian.sources").write_text(sources)
+        (root / "debian.sources").write_text(f"{sources}\n{more}")
         route = mirrors.find(real.host).route
         settings = {
             "Dir::Etc": f"{root}/etc",
@@ -158,8 +161,6 @@ class Apt:
 
 @pytest.fixture(scope="module")
 def apt(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Apt:
-    if shutil.which("apt-get") is None:
-        pytest.skip("needs apt-get, to be asked the same questions; it is not installed")
     return Apt(real, tmp_path_factory.mktemp("apt"))
 
 
@@ -243,6 +244,51 @@ def test_what_is_installed_is_what_apt_would_install(real: Real, apt: Apt) -> No
             if ours != theirs:
                 differing[" ".join(request)] = (ours or set()) ^ (theirs or set())
     assert differing == {}
+
+
+MARKS = {"v1": "", "v2": "NotAutomatic: yes\n", "v3": "NotAutomatic: yes\nButAutomaticUpgrades: yes\n"}
+
+
+def test_repositories_beside_debians_are_merged_as_apt_merges_them(real: Real, tmp_path: Path) -> None:
+    requests = Requests(real, SEED)
+    names = requests.dice.sample(real.names(), 24)
+    files, sources = list(real.index.files), ""
+    for number, suite in enumerate(MARKS):
+        paragraphs = [
+            written(f"tool-{suite}", f"lib-{suite}, {names[number]}"),
+            written(f"lib-{suite}", provides="awk"),
+        ]
+        for at, name in enumerate(names[number::3]):  # every second one newer than Debian's
+            newer = f"{requests.found(name).package.version}+v1"
+            paragraphs.append(written(name, f"lib-{suite}" if at % 3 else "", version="0~v1" if at % 2 else newer))
+        files.append(published(tmp_path, suite, "\n".join(paragraphs).encode(), real.index.architecture))
+        sources += f"Types: deb\nURIs: file:{tmp_path}\nSuites: {suite}\nComponents: main\nTrusted: yes\n\n"
+    merged = index.Index(files, real.index.architecture)
+    asked = [names[at : at + 6] for at in range(0, 24, 6)]
+    asked += [[f"tool-{suite}" for suite in MARKS], [f"{name}={merged.versions(name)[-1]}" for name in names[:6]]]
+    theirs, base = Apt(real, tmp_path / "apt", sources), resolve.base(merged)
+    assert [answer(merged, request) for request in asked] == [theirs.answer([*base, *request]) for request in asked]
+
+
+def written(name: str, depends: str = "", *, version: str = "1", provides: str = "") -> str:
+    """A paragraph of a repository that is not Debian's."""
+    fields = {"Version": version, "Architecture": "all", "Depends": depends, "Provides": provides, "Description": "x"}
+    fields |= {"Filename": f"pool/{name}_{version.replace(':', '.')}.deb", "Size": "1", "SHA256": "0" * 64}
+    return f"Package: {name}\n" + "".join(f"{key}: {value}\n" for key, value in fields.items() if value)
+
+
+def published(place: Path, suite: str, data: bytes, architecture: str) -> index.Packages:
+    """One suite of it on disk, for apt, and as it is read here."""
+    path = f"main/binary-{architecture}/Packages"
+    (place / "dists" / suite / path).parent.mkdir(parents=True)
+    (place / "dists" / suite / path).write_bytes(data)
+    text = (
+        f"Codename: {suite}\nSuite: {suite}\nDate: Thu, 01 Jan 2026 00:00:00 UTC\nArchitectures: {architecture}\n"
+        f"Components: main\n{MARKS[suite]}SHA256:\n {hashlib.sha256(data).hexdigest()} {len(data)} {path}\n"
+    )
+    (place / "dists" / suite / "Release").write_text(text)
+    verified = release.parse(text.encode(), suite=suite, architecture=architecture, repository=suite)
+    return index.scan(data, suite=suite, archive=f"file:{place}", priority=verified.priority)
 
 
 def answer(found: index.Index, request: Sequence[str]) -> set[str] | None:

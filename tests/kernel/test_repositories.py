@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -50,16 +51,42 @@ def tarball(files: Mapping[str, tuple[int, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def make_deb(version: str) -> tuple[bytes, bytes]:
+POSTINST = "echo configured > /etc/gadget.state"
+# What a package's script may not do in a build: reach the network, the kernel's settings, init, namespaces, devices. And
+# what it leaves running ends. A line for each that worked; all of these programs are Essential.
+HOSTILE = r"""
+tried() { if "$@" >/dev/null 2>&1; then echo "$1 $2 worked"; fi; }
+{
+    tried true control
+    tried perl -MIO::Socket::INET -e 'IO::Socket::INET->new(PeerAddr => "ADDRESS", Timeout => 5) or exit 1'
+    tried sh -c 'echo x > /proc/sys/kernel/core_pattern'
+    tried sh -c 'echo 1 > /proc/sys/vm/drop_caches'
+    tried sh -c 'echo b > /proc/sysrq-trigger'
+    tried unshare --user true
+    tried unshare --mount true
+    tried chroot /proc/1/root true
+    tried hostname other
+    mknod /mnt/mem c 1 1 2>/dev/null; tried test -c /mnt/mem
+    tried dd if=/dev/mem of=/dev/null count=1
+    [ "$(bash -c 'ulimit -u')" -le 4096 ] || echo no limit of processes
+    kill -9 1
+    (setsid sleep 86397.25 &) >/dev/null 2>&1
+    echo done
+} > /etc/gadget.state
+"""
+
+
+def make_deb(version: str, postinst: str = POSTINST) -> tuple[bytes, bytes]:
     """The package `gadget`, and its paragraph in an index. What it installs says its version."""
     control = (
         f"Package: gadget\nVersion: {version}\nArchitecture: amd64\nMaintainer: nobody <nobody@test.invalid>\n"
         "Depends: libc6, ca-certificates\nDescription: a gadget\n"
     )
-    postinst = b"#!/bin/sh\nset -e\necho configured > /etc/gadget.state\n"
     members = {
         "debian-binary": b"2.0\n",
-        "control.tar.gz": tarball({"control": (0o644, control.encode()), "postinst": (0o755, postinst)}),
+        "control.tar.gz": tarball(
+            {"control": (0o644, control.encode()), "postinst": (0o755, f"#!/bin/sh\n{postinst}\n".encode())}
+        ),
         "data.tar.gz": tarball({"usr/bin/gadget": (0o755, f"#!/bin/sh\necho gadget {version}\n".encode())}),
     }
     deb = b"!<arch>\n"
@@ -80,8 +107,10 @@ class Vendor:
         self.uri = f"{server.url}/{project.name}"
         self.publish("1.0")
 
-    def publish(self, *versions: str, signer: Signer = VENDOR, age: float = 60, **fields: str) -> None:
-        made = {version: make_deb(version) for version in versions}
+    def publish(
+        self, *versions: str, signer: Signer = VENDOR, age: float = 60, postinst: str = POSTINST, **fields: str
+    ) -> None:
+        made = {version: make_deb(version, postinst) for version in versions}
         index = b"".join(paragraph for _, paragraph in made.values())
         text = release_text({INDEX: index}, suite="v1", origin="Vendor", date=date(time.time() - age), **fields)
         self.put("dists/v1/InRelease", signer.sign(text))
@@ -119,8 +148,8 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     return Cli(tmp_path_factory.mktemp("home"), store)
 
 
-@pytest.fixture
-def vendor(cli: Cli, tmp_path: Path) -> Iterator[Vendor]:
+@contextlib.contextmanager
+def a_vendor(cli: Cli) -> Iterator[Vendor]:
     project = cli.home / "work" / f"vendor-{os.urandom(3).hex()}"
     (project / ".git").mkdir(parents=True)
     with serving() as server:
@@ -129,6 +158,25 @@ def vendor(cli: Cli, tmp_path: Path) -> Iterator[Vendor]:
         yield vendor
     if made := [name for name in cli.names("environments") if name.startswith(project.name)]:
         assert cli("remove", *made).returncode == 0
+
+
+@pytest.fixture
+def vendor(cli: Cli) -> Iterator[Vendor]:
+    with a_vendor(cli) as vendor:
+        yield vendor
+
+
+@pytest.fixture(scope="module")
+def direct(cli: Cli) -> Iterator[Vendor]:
+    """A root of the project's own, built in one layer, by a package that tries what it may not do."""
+    certificate = str(VENDOR.secret.extract_certificate())
+    with a_vendor(cli) as vendor:
+        address = vendor.server.url.partition("://")[2]
+        vendor.publish("1.0", age=50, postinst=HOSTILE.replace("ADDRESS", address))
+        vendor.write(first="", source='from = "debian:bookworm"', key=f"'''\n{certificate}'''")
+        vendor.ok("trust")
+        vendor.ok("build")
+        yield vendor
 
 
 def test_a_project_runs_what_its_own_repository_has_and_the_apt_inside_goes_on(vendor: Vendor) -> None:
@@ -144,19 +192,53 @@ def test_a_project_runs_what_its_own_repository_has_and_the_apt_inside_goes_on(v
     assert vendor.ok("run", "--root", "--", "sh", "-c", script) == "gadget 2.0\n"
 
 
-def test_a_root_of_the_projects_own_is_built_with_it_in_one_layer(vendor: Vendor) -> None:
-    certificate = str(VENDOR.secret.extract_certificate())
-    vendor.write(first="", source='from = "debian:bookworm"', key=f"'''\n{certificate}'''")
-    vendor.ok("trust")
-    assert vendor.ok("run", "--", "sh", "-c", "gadget && cat /etc/gadget.state") == "gadget 1.0\nconfigured\n"
-    listing = vendor.ok("run", "--", "sh", "-c", "stat -c '%a %n' /etc/apt/keyrings/* /etc/apt/sources.list.d/*")
+def test_a_root_of_the_projects_own_is_built_with_it_in_one_layer(direct: Vendor) -> None:
+    assert direct.ok("run", "--", "gadget") == "gadget 1.0\n"
+    listing = direct.ok("run", "--", "sh", "-c", "stat -c '%a %n' /etc/apt/keyrings/* /etc/apt/sources.list.d/*")
     assert listing.splitlines() == [
         "644 /etc/apt/keyrings/devns-1.asc",
         "644 /etc/apt/sources.list.d/debian.sources",
         "644 /etc/apt/sources.list.d/devns.sources",
     ]
-    assert vendor.ok("run", "--", "cat", "/etc/apt/keyrings/devns-1.asc") == certificate
-    assert vendor.devns("run", "--root", "--", "apt-get", "update").returncode == 0
+    keyring = direct.ok("run", "--", "cat", "/etc/apt/keyrings/devns-1.asc")
+    assert keyring == str(VENDOR.secret.extract_certificate())
+    assert direct.devns("run", "--root", "--", "apt-get", "update").returncode == 0
+
+
+def test_a_proxy_that_apt_has_here_is_the_way_of_devns_and_of_the_apt_inside(vendor: Vendor, tmp_path: Path) -> None:
+    vendor.cli.build("debian12", "single")
+    vendor.publish("1.0", age=50, postinst="apt-config dump Acquire::http::Proxy > /etc/gadget.state")
+    elsewhere = f"http://apt.invalid/{vendor.project.name}"
+    for path, reply in list(vendor.server.replies.items()):
+        vendor.server.replies[f"http://apt.invalid{path}"] = reply  # what a proxy is asked for
+    vendor.uri = elsewhere
+    vendor.write()
+    vendor.ok("trust")
+    conf = tmp_path / "apt.conf"
+    conf.write_text(f'Acquire::http::Proxy::apt.invalid "{vendor.server.url}";\n')
+    done = vendor.cli("build", cwd=vendor.project, env={"APT_CONFIG": str(conf)})
+    assert done.returncode == 0, done.stderr
+    assert f'Acquire::http::Proxy::apt.invalid "{vendor.server.url}";' in vendor.ok(
+        "run", "--", "cat", "/etc/gadget.state"
+    )
+    assert "90devns" not in vendor.ok("run", "--", "ls", "/etc/apt/apt.conf.d")
+
+
+def test_A_32_what_a_packages_script_tries_in_a_build_leads_nowhere(direct: Vendor) -> None:
+    assert direct.ok("run", "--", "cat", "/etc/gadget.state") == "true control worked\ndone\n"
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert [command for command in running if b"86397.25" in command] == []
+
+
+def test_A_32_a_script_that_ends_all_it_can_see_ends_its_own_build(vendor: Vendor) -> None:
+    vendor.cli.build("debian12", "single")
+    vendor.ok("trust")
+    before = vendor.cli.names("layers")
+    vendor.publish("1.0", age=50, postinst="kill -9 -1")
+    done = vendor.devns("build")
+    assert (done.returncode, "Traceback" in done.stderr) == (125, False)
+    assert "apt-get install gadget ended with status 137" in done.stderr
+    assert (vendor.cli.names("layers"), vendor.cli.names("staging")) == (before, [])
 
 
 def test_the_apt_inside_believes_no_other_key_for_it(vendor: Vendor) -> None:

@@ -80,7 +80,7 @@ def test_S_11_a_certificate_that_is_not_good_is_refused_whatever_apt_is_told(
         with pytest.raises(MirrorError, match=f"localhost: its certificate is not good: .*({why})") as caught:
             read(f"{server.url}/a", route(host, conf, {"SSL_CERT_FILE": bundle}))
         assert server.asked == []
-    assert "SSL_CERT_FILE or apt's Acquire::https::CaInfo" in (caught.value.hint or "")
+    assert "SSL_CERT_FILE, or apt's Acquire::https::CaInfo" in (caught.value.hint or "")
 
 
 def test_S_11_an_old_protocol_is_refused(host: MakeHost, bundle: str) -> None:

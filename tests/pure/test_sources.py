@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devns import sources
+from devns.debian import install
 from devns.errors import TemplateError
 from devns.host import Host
 from devns.sources import debian
@@ -118,3 +120,25 @@ def test_C_11_a_key_is_a_file_that_may_be_read_for_it(
 def test_a_root_beside_the_users_own_template_is_a_root(host: MakeHost) -> None:
     beside = f"{HOME}/.config/devns/templates/root"
     assert place(f"dir:{beside}", host({f"{beside}/x": ""}), project=None) == beside
+
+
+def test_S_25_the_apt_inside_learns_of_proxies_without_a_password(host: MakeHost) -> None:
+    conf = """
+        Acquire::http::Proxy "http://proxy.test:3128"; Acquire::http::Proxy::a.test "DIRECT";
+        Acquire::https::Proxy "http://user:secret@proxy.test";
+    """
+    assert debian._proxies(host({"/etc/apt/apt.conf": conf})) == (
+        'Acquire::http::Proxy "http://proxy.test:3128";\nAcquire::http::Proxy::a.test "DIRECT";\n'
+    )
+
+
+def test_A_32_a_script_that_hangs_is_ended(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("echo begun; sleep 600")
+    done = subprocess.run(install.patient(str(script), "0.3"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        124,
+        ["begun", "stopped: not done in 0.3: one of its packages' scripts hangs"],
+    )
+    script.write_text("exit 3")
+    assert subprocess.run(install.patient(str(script)), check=False).returncode == 3
