@@ -52,8 +52,8 @@ def tarball(files: Mapping[str, tuple[int, bytes]]) -> bytes:
 
 
 POSTINST = "echo configured > /etc/gadget.state"
-# What a package's script may not do in a build: reach the network, the kernel's settings, init, namespaces, devices. And
-# what it leaves running ends. A line for each that worked; all of these programs are Essential.
+# What a package's script may not do in a build: reach the network, the kernel's settings, init, namespaces or devices.
+# What it leaves running ends. A line for each that worked; all of these programs are Essential.
 HOSTILE = r"""
 tried() { if "$@" >/dev/null 2>&1; then echo "$1 $2 worked"; fi; }
 {
