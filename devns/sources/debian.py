@@ -228,7 +228,8 @@ def _install_script(recipe: dict[str, Any], debs: Sequence[str], files: Sequence
     if "locked" in recipe:
         asked = {text.partition("=")[0].partition(":")[0] for text in recipe["packages"]}
         automatic = [row["name"] for row in recipe["locked"] if row["name"] not in asked]
-        wanted = [f"/var/cache/apt/archives/{name}" for name in debs]
+        left_out = [text for text in wanted if text.endswith("-")]
+        wanted = [*(f"/var/cache/apt/archives/{name}" for name in debs), *left_out]
     lines = [
         "set -eu",
         *install.copies(files),
