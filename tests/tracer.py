@@ -12,6 +12,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import signal
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +65,8 @@ class Point(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What happens at a point: KILL, KILL_ALL, or the name of the error that the call returns, undone.
+    """What happens at a point: KILL, KILL_ALL, the name of the error that the call returns, undone, or the names of
+    signals, which the command gets one after the other, each where it comes to the next point itself.
 
     Without a point it happens at every call of the kinds in `calls`.
     """
@@ -165,6 +167,7 @@ def _trace(
                 os.dup2(fd, number)
             os.chdir(cwd)
             linux.close_all_but((0, 1, 2))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             prepare()
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
             linux.seccomp_set_filter(_program())
@@ -188,6 +191,7 @@ class _Tracer:
         self.points: list[Point] = []
         self.met: list[Point] = []
         self.hung = 0
+        self.signals: list[str] = []  # still to be sent
 
     def run(self) -> dict[str, Any]:
         signal.signal(signal.SIGALRM, lambda number, frame: self._give_up())
@@ -218,6 +222,7 @@ class _Tracer:
             _ptrace(_CONT, pid)
         elif event == _STOP and number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             _ptrace(_LISTEN, pid)
+            os.kill(pid, signal.SIGCONT)  # as by fg, or nothing would ever go on
         else:
             _ptrace(_CONT, pid, 0, 0 if event else number)
 
@@ -235,14 +240,20 @@ class _Tracer:
         number = self.seen[process, call] = self.seen.get((process, call), 0) + 1
         point = Point(process, call, number)
         self.points.append(point)
+        if self.signals and process == 0:
+            os.kill(self.first, getattr(signal, self.signals.pop(0)))
         if self.fault and self.fault.meets(point):
             self.met.append(point)
-            if self.fault.what in (KILL, KILL_ALL):
+            if self.fault.what.startswith("SIG"):
+                self.signals = self.fault.what.split()
+                os.kill(self.first, getattr(signal, self.signals.pop(0)))
+            elif self.fault.what in (KILL, KILL_ALL):
                 for victim in [pid] if self.fault.what == KILL else self.alive:
                     with suppress(ProcessLookupError):
                         os.kill(victim, signal.SIGKILL)
                 return
-            _fail(pid, getattr(errno, self.fault.what))
+            else:
+                _fail(pid, getattr(errno, self.fault.what))
         _ptrace(_CONT, pid)
 
     def _give_up(self) -> None:

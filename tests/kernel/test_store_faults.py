@@ -119,6 +119,18 @@ DEEDS = {
 }
 
 
+# By which status a command ends that is killed or gets these signals; Ctrl-C is typed twice by many.
+ENDS = {
+    KILL_ALL: -9,
+    "SIGINT": 130,
+    "SIGINT SIGINT": 130,
+    "SIGTERM": -15,
+    "SIGHUP": -1,
+    "SIGQUIT": -3,
+    "SIGPIPE": 0,
+    "SIGTSTP": 0,
+}
+
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +205,8 @@ def _assert_ended_well(outcome: Outcome, fault: Fault) -> None:
     assert outcome.met == [fault.point], f"met {outcome.met}"
     assert outcome.hung == 0, f"I4: {outcome.hung} processes left"
     assert "Traceback" not in outcome.err + outcome.out
-    if fault.what == KILL_ALL or (fault.what == KILL and fault.point and fault.point.process == 0):
-        assert outcome.status == -9
+    if fault.what in ENDS or (fault.what == KILL and fault.point and fault.point.process == 0):
+        assert outcome.status == ENDS.get(fault.what, -9)
         return
     assert outcome.status in (0, 125), f"ended with {outcome.status}"
     if outcome.status == 125 and fault.point and (fault.point.process, fault.point.call) != (0, "write"):
@@ -262,3 +274,10 @@ def test_X_04_X_12_X_13_X_14_an_error_of_any_changing_system_call_is_told_and_le
     sweep: Sweep, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep.meet(error, sample(sweep.points, 2), capsys)
+
+
+@pytest.mark.parametrize("signals", [what for what in ENDS if what.startswith("SIG")])
+def test_X_20_a_signal_at_any_changing_system_call_ends_it_as_it_should_and_leaves_a_sound_store(
+    sweep: Sweep, signals: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.meet(signals, sample(sweep.points, 1), capsys)
