@@ -42,6 +42,7 @@ _HEX = frozenset("0123456789abcdef")
 _OPEN = 0o755  # of a tree's own root: the mode of "/" in an environment
 _CACHE = "store@cache"  # a lock: who makes layers shares it
 _ASKING = "store@asking"  # a lock; see Store._asking
+_OUR_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # and not that of a record that cannot be read
 _LEAVE = "leave every shell and command in it first"
 
 
@@ -204,6 +205,8 @@ class Store:
                 version = VERSION
                 if create:
                     store._begin()
+            except OSError as error:
+                raise durable.refused(f"{store.path}/version", error) from error
         if version != VERSION:
             said = f"{store.path}: a store of version {version[:20]!r}, and this devns knows {VERSION}"
             raise DevnsError(said, hint=durable.ELSEWHERE)
@@ -296,7 +299,7 @@ class Store:
             except OSError as error:
                 if not os.path.lexists(path):
                     return None
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # our own trouble, not the record's
+                if error.errno in _OUR_TROUBLE:
                     raise
                 why = os.strerror(error.errno or 0).lower()
         return Environment(self, name, None, f"its record cannot be read: {why}")
@@ -601,7 +604,11 @@ class Store:
         path = f"{self.path}/layers/{key}"
         try:
             layer = Layer(key, path, _load(f"{path}/layer.json"))
-        except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except ValueError:
+            return None
+        except OSError as error:
+            if error.errno in _OUR_TROUBLE:
+                raise
             return None
         return layer if os.path.isdir(layer.root) else None
 

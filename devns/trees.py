@@ -6,6 +6,7 @@ network: what lies in the trees may be hostile. The functions to run there must 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,17 +38,23 @@ def run(
     """
     binds = [bind(path, place) for place, path in read.items()]
     binds += [bind(path, place, readonly=False) for place, path in write.items()]
-    plan = sealed.sealed_plan(host, map=map or widest(host), inside=[tmpfs("/"), *binds])
+    map = map or widest(host)
+    plan = sealed.sealed_plan(host, map=map, inside=[tmpfs("/"), *binds])
     # Ownership is not pretended here: what is asked for is done, or an error.
     plan["confine"]["seccomp"] = [name for name in plan["confine"]["seccomp"] if name != "emulate-root"]
     places = {**read, **write}
+    lacking = diagnose.range_problem(host) if map == "single" else None
 
     def call() -> str:
         try:
             return json.dumps(function())
         except OSError as error:
-            said = os.strerror(error.errno or 0).lower()
-            raise DevnsError(f"{_outside(error.filename, places)}: {said}") from None
+            said = f"{_outside(error.filename, places)}: {os.strerror(error.errno or 0).lower()}"
+            if lacking and error.errno in (errno.EACCES, errno.EPERM):  # root inside is refused nothing of its own
+                raise DevnsError(
+                    f"{said}: it belongs to another user id; {lacking.message}", hint=lacking.remedy
+                ) from None
+            raise DevnsError(said) from None
 
     return json.loads(sealed.run_sealed(plan, call=call, what="the walk through the store") or "null")
 

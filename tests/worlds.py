@@ -37,9 +37,9 @@ TOOLS = ("sh", "ln", "mkdir", "rm")
 
 
 @functools.cache
-def root() -> bytes:
-    """A tarball with a shell, three tools, their libraries and two files."""
-    found = {f"bin/{tool}": path for tool in TOOLS if (path := shutil.which(tool))}
+def root(tools: tuple[str, ...] = TOOLS) -> bytes:
+    """A tarball with a shell and some tools, their libraries and two files."""
+    found = {f"bin/{tool}": path for tool in tools if (path := shutil.which(tool))}
     said = subprocess.run(["ldd", *found.values()], capture_output=True, text=True, check=True).stdout
     found |= {path.lstrip("/"): path for path in re.findall(r"(/\S+) \(0x", said)}
     data = io.BytesIO()
@@ -65,7 +65,7 @@ def _as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 class World:
     """`home` with the template `tiny`, a root of a tarball and one command over it; `store` is not there yet."""
 
-    def __init__(self, place: str, *, store: str | None = None) -> None:
+    def __init__(self, place: str, *, store: str | None = None, tools: tuple[str, ...] = TOOLS) -> None:
         self.place = place
         self.home = f"{place}/home"
         self.store = store or f"{place}/store"
@@ -73,7 +73,7 @@ class World:
         os.makedirs(self.templates)
         os.makedirs(os.path.dirname(self.store), exist_ok=True)
         with open(f"{place}/root.tar", "wb") as file:
-            file.write(root())
+            file.write(root(tools))
         self.template("tiny", STEP)
 
     def template(self, name: str, *steps: str, more: str = "") -> str:
