@@ -335,3 +335,23 @@ def test_X_17_a_file_system_without_something_works_or_is_refused_and_nothing_is
     if os.path.lexists(f"{world.store}/version") or end == "works":
         assert_world_sound(world, again=lambda: world.build().layers)
     assert world.enter("tiny", CHECK) == 0
+
+
+@pytest.mark.parametrize("error", ["EINVAL", "ENOSYS"])
+@pytest.mark.parametrize("said", ["reset --home tiny", "clone tiny copy", "remove tiny", "gc"])
+def test_X_17_where_rename_has_no_flags_what_is_there_is_changed_all_the_same(
+    world: World, said: str, error: str
+) -> None:
+    missing = tracer.works()
+    if missing:
+        pytest.skip(missing)
+    assert world.enter("tiny", "echo 1 > /srv/file; echo 2 > ~/file") == 0
+    fault = Fault(error, calls=("renameat2",))
+    outcome = Traced(world.argv(*said.split()), env=world.environ, cwd=world.home, fault=fault).wait()
+    assert (outcome.status, outcome.hung) == (0, 0), outcome.err
+    assert_world_sound(world)
+    if said.startswith("clone"):
+        assert world.enter("copy", "read x < /srv/file; read y < ~/file; test $x$y = 12") == 0
+    else:
+        gone = "" if said == "gc" else "test ! -e /srv/file; test ! -e ~/file;"
+        assert world.enter("tiny", f"{gone} {CHECK}") == 0
