@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from devns import durable, sealed, sources, trees
 from devns.errors import DevnsError, StepError, TemplateError
+from devns.lock import FILE as LOCK_FILE
 from devns.ops import bind, tmpfs
 from devns.sealed import Place
 from devns.sources import key as key
@@ -42,16 +43,21 @@ _SHOWN_MAX = 100  # characters of a command that a heading repeats
 
 
 def recipes(spec: Spec, host: Host) -> list[Recipe]:
-    """What makes each layer of this environment, bottom first: JSON, equal for equal layers. Pure.
+    """What makes each layer of this environment above those that are named, bottom first: JSON, equal for equal layers.
+    Pure.
 
     A source that is used where it stands (`host`, `dir:`) has none of its own; the commands of [build] have one each.
     """
     source = sources.find(spec.root.source)
-    found = source.recipes(spec, host)
+    found, given = source.recipes(spec, host), spec.root.layers
+    if given:
+        if spec.lock:
+            raise TemplateError(f"{spec.template}: root.layers: cannot be locked", hint=f"remove {LOCK_FILE}")
+        found = [recipe | {"parent": given[-1]} for recipe in found[1:]]
     if not spec.build.run:
         return found
     place = source.directories(spec, host)
-    if len(found) + len(place) + len(spec.build.run) > LAYERS_MAX:
+    if len(given) + len(found) + len(place) + len(spec.build.run) > LAYERS_MAX:
         raise TemplateError(
             f"{spec.template}: build.run: {len(spec.build.run)} commands: each becomes a layer, and no more than "
             f"{LAYERS_MAX} layers can lie on each other",
@@ -64,20 +70,25 @@ def recipes(spec: Spec, host: Host) -> list[Recipe]:
             {
                 "label": "run",
                 "recipe": COMMAND,
-                "parent": key(found[-1]) if found else place,
+                "parent": key(found[-1]) if found else given[-1] if given else place,
                 "run": command,
                 "inputs": seen,
                 "project": spec.project if seen else None,
                 "env": dict(spec.said.env),
                 "network": spec.build.network,
-                "map": "range" if spec.user.map == "range" else "single",
+                "map": id_map(spec),
             }
         )
     return found
 
 
 def layers(spec: Spec, host: Host) -> list[str]:
-    return [key(recipe) for recipe in recipes(spec, host)]
+    return [*spec.root.layers, *(key(recipe) for recipe in recipes(spec, host))]
+
+
+def id_map(spec: Spec) -> str:
+    """The map that the layers of this environment are made for."""
+    return "range" if spec.user.map == "range" else "single"
 
 
 def lower_directories(spec: Spec, host: Host) -> list[str]:
@@ -107,8 +118,9 @@ def ensure(
     """
     source = sources.find(spec.root.source)
     wanted = recipes(spec, host)
-    names = [key(recipe) for recipe in wanted]
-    for number, (recipe, name) in enumerate(zip(wanted, names, strict=True)):
+    names = layers(spec, host)
+    _require(spec, store)
+    for number, (recipe, name) in enumerate(zip(wanted, names[len(spec.root.layers) :], strict=True)):
         if store.layer(name) is not None:
             continue
         with store.lock(name):
@@ -118,11 +130,12 @@ def ensure(
                 with suppress(DevnsError, OSError):  # as with all that is left over: the next build tries again
                     sealed.delete(left, host)
             with store.staging() as staging, store.staging() as scratch, durable.telling(staging.path):
-                beneath = store.layer(names[number - 1]) if number else None
+                under = names[: len(spec.root.layers) + number]
+                beneath = store.layer(under[-1]) if under else None
                 lent, variables = _lent(spec, host, hooks) if recipe.get("network") else ([], {})
                 place = Place(
                     root=staging.root,
-                    lower=_lower(names[:number], spec, host),
+                    lower=_lower(under, spec, host),
                     record=beneath.record if beneath else {},
                     scratch=scratch.path,
                     lent=lent,
@@ -137,6 +150,20 @@ def ensure(
                 made |= trees.record(host, staging.path, recipe["map"], built=made.get("built"))
                 store.commit(staging, name, {"recipe": recipe, **made})
     progress.end()
+
+
+def _require(spec: Spec, store: Store) -> None:
+    """What a template names must be there: nobody knows how to make it."""
+    for name in spec.root.layers:
+        layer = store.layer(name)
+        if layer is None:
+            raise TemplateError(
+                f"{spec.template}: root.layers: {name}: not in this store",
+                hint="devns commit makes such a template where the environment is",
+            )
+        made = layer.record.get("recipe", {}).get("map")
+        if made != id_map(spec):
+            raise TemplateError(f"{spec.template}: root.layers: {name}: made for the map {made!r}", hint="[user] map")
 
 
 def _lower(names: list[str], spec: Spec, host: Host) -> list[str]:

@@ -283,6 +283,23 @@ def clone(
         clone(original, name, bench)
 
 
+@app.command()
+def commit(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new template's name.")],
+    env: Env = None,
+    json: Json = False,
+) -> None:
+    """Make a template of an environment: what was written in it becomes a layer that others can stand on."""
+    from devns.verbs.commit import commit
+
+    with _bench(as_json=json) as bench:
+        found = commit(name, env, bench)
+    if json:
+        console.show_json(found)
+    else:
+        console.say(f"{found['template']}: stands on {found['layer']}")
+
+
 # --- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +384,7 @@ def lock(
         console.show_json(found)
         return
     rows = [(row["change"], row["name"], row["from"] or "", row["to"] or "") for row in found["changes"]]
-    if rows:
+    if 0 < len(rows) != found["packages"]:
         console.show_table(("change", "package", "from", "to"), rows)
     console.say(f"{found['path']}: {found['packages']} packages, {len(rows)} changed")
 

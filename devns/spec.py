@@ -43,6 +43,8 @@ class Root:
     packages: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
     repositories: tuple[Repository, ...] = field(default=(), metadata={"key": "repository", "merge": "add"})
     writable: Literal["keep", "discard", "no"] = "keep"
+    # Finished layers of the store, bottom first, in place of the one that `from` and templates' packages would make.
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ _URI = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5}
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*(?:/[A-Za-z0-9._+~-]+)*")
 _FINGERPRINT = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 _ARMOR = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
+_LAYER = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}-[0-9a-f]{32,64}")  # as devns.store names them
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # environ(7)
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|[0-9]{1,10}")  # useradd(8), without its "$"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -295,6 +298,11 @@ def _check_root(root: Root, at: At) -> None:
         _check_repository(repository, at.child("repository").item(i))
         if kind != "debian":
             raise at.child("repository").item(i).error(f"is for a debian: root, not {show(root.source)}")
+    for i, name in enumerate(root.layers):
+        if not _LAYER.fullmatch(name):
+            raise at.child("layers").item(i).error(f"no name of a layer: {show(name)}", hint="devns du names them")
+    if root.layers and kind == "host":
+        raise at.child("layers").error("the host's own root has no layers")
 
 
 def _check_repository(repository: Repository, at: At) -> None:

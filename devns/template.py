@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -147,6 +148,12 @@ def find_project(host: Host) -> str | None:
         here = above
 
 
+def base(document: Document) -> str | None:
+    """The named template that a document is, or that a project's file extends; None where it extends none."""
+    named = next((file for file in document.files if file.kind != "project"), None)
+    return os.path.basename(named.path).removesuffix(".toml") if named else None
+
+
 def is_known(name: str, host: Host) -> bool:
     """Is there a template of this name, the user's or a bundled one?"""
     return _named(name, host, None) is not None
@@ -165,6 +172,42 @@ def list_templates(host: Host) -> tuple[Listed, ...]:
                 path = f"{directory}/{name}.toml"
                 found[name] = Listed(name, _description(host, path, kind), kind, path)
     return tuple(found[name] for name in sorted(found))
+
+
+def named_layers(host: Host) -> dict[str, str]:
+    """The layers that templates of the user name, each with the template's name. TemplateError where one cannot be
+    read: it may name some."""
+    found: dict[str, str] = {}
+    for listed in list_templates(host):
+        if listed.where == "user":
+            root = parse(_read(host, host.realpath(listed.path), "user").data, listed.path).get("root")
+            layers = root.get("layers") if isinstance(root, dict) else None
+            found |= {name: listed.name for name in layers or () if isinstance(name, str)}
+    return found
+
+
+def add(name: str, text: str, host: Host) -> str:
+    """Write a new template of the user; its path. Whole or not at all, and over no other."""
+    directory = host.realpath(_users(host))
+    path, beside = f"{directory}/{name}.toml", f"{directory}/.{name}.{secrets.token_hex(4)}"
+    try:
+        os.makedirs(under(host, directory), mode=0o700, exist_ok=True)
+        with open(under(host, beside), "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(under(host, beside), under(host, path))
+        finally:
+            os.unlink(under(host, beside))
+    except OSError as problem:
+        raise TemplateError(escape(f"{path}: {os.strerror(problem.errno or 0).lower()}")) from None
+    return path
+
+
+def is_name(name: str) -> bool:
+    """Fit for a template."""
+    return _NAME.fullmatch(name) is not None
 
 
 def under(host: Host, path: str) -> str:

@@ -48,14 +48,15 @@ def understand(name: str | None, bench: Bench, options: Options = Options()) -> 
     Raises TemplateError for a bad template, and for a project file that asks for more than it is trusted with.
     """
     claims = bench.hooks.claims()
-    document = _document(name, bench, claims)
-    spec = make_spec(document, claims)  # first: a mistake is told as what it is, and not as a wish for trust
-    trust.require(document, bench.host)
+    made = document(name, bench)
+    spec = make_spec(made, claims)  # first: a mistake is told as what it is, and not as a wish for trust
+    trust.require(made, bench.host)
     return adjusted(spec, options)
 
 
-def _document(name: str | None, bench: Bench, claims: Mapping[str, type]) -> template.Document:
+def document(name: str | None, bench: Bench) -> template.Document:
     """The template `name`; where there is none, that of the environment `name`, which a clone has from its original."""
+    claims = bench.hooks.claims()
     if name is not None and is_name(name) and not template.is_known(name, bench.host):
         environment = Store.open(bench.host.store, create=False).environment(name)
         record = environment.record if environment else {}

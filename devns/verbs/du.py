@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from devns import trees
+from devns import template, trees
 from devns.store import Store
 from devns.workflow import Bench
 
@@ -15,7 +15,8 @@ def du(bench: Bench) -> dict[str, Any]:
 
     `{"environments": [{"name", "own", "root", "home", "shared", "layers"}], "layers": [{"key", "bytes", "users"}],
     "cache", "leftovers", "total"}`. `root` is what was written over the layers, over those before too; `own` is that
-    and the home; `shared` is what the layers take, which others may use as well. `users` are environments.
+    and the home; `shared` is what the layers take, which others may use as well. `users` are environments, and
+    templates by which a layer stays.
     """
     store = Store.open(bench.host.store, create=False)
     environments = list(store.environments())
@@ -26,6 +27,7 @@ def du(bench: Bench) -> dict[str, Any]:
     paths = [f"layers/{key}" for key in layers]
     paths += [path for uppers in roots.values() for path in uppers]
     size = trees.sizes(bench.host, store.path, [*paths, *homes, *cache, *leftovers])
+    named = template.named_layers(bench.host)
     rows: list[dict[str, Any]] = []
     for environment in environments:
         root = sum(size[path] for path in roots[environment.name])
@@ -35,14 +37,16 @@ def du(bench: Bench) -> dict[str, Any]:
         rows.append({**row, "layers": list(environment.layers)})
     return {
         "environments": rows,
-        "layers": [
-            {"key": key, "bytes": size[f"layers/{key}"], "users": [row["name"] for row in rows if key in row["layers"]]}
-            for key in layers
-        ],
+        "layers": [{"key": key, "bytes": size[f"layers/{key}"], "users": _users(key, rows, named)} for key in layers],
         "cache": sum(size.get(path, 0) for path in cache),
         "leftovers": sum(size.get(path, 0) for path in leftovers),
         "total": sum(size.values()),
     }
+
+
+def _users(key: str, rows: list[dict[str, Any]], named: dict[str, str]) -> list[str]:
+    users = [str(row["name"]) for row in rows if key in row["layers"]]
+    return [*users, f"template {named[key]}"] if key in named else users
 
 
 def _uppers(environment: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from devns import sealed, trees
+from devns import sealed, template, trees
 from devns.errors import DevnsError
 from devns.store import InUse, Store
 from devns.workflow import Bench
@@ -19,13 +19,15 @@ _FETCHED = ("debs", "indexes")
 
 
 def gc(bench: Bench, *, cache: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
-    """Remove layers that no environment names and nothing uses, and what interrupted commands left over.
+    """Remove layers that no environment or template names and nothing uses, and what interrupted commands left over.
 
     With `cache` also downloads that no layer's record names by their hash. Returns what went, or with `dry_run` what
     would: `{"kind": "layer" | "leftover" | "cache", "name", "files", "bytes"}`. What is in use meanwhile stays.
     """
     store = Store.open(bench.host.store, create=False)
-    layers, leftovers = store.unused_layers(), store.leftovers()
+    unused, leftovers = store.unused_layers(), store.leftovers()
+    named = template.named_layers(bench.host)  # after: what is committed meanwhile is held until its template is there
+    layers = tuple(key for key in unused if key not in named)
     paths = {f"layers/{key}": key for key in layers} | {path: path for path in leftovers}
     sizes = trees.sizes(bench.host, store.path, paths)
     rows = []

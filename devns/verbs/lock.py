@@ -30,6 +30,8 @@ def lock(bench: Bench, *, update: bool = False) -> dict[str, Any]:
     records.require(document, bench.host)
     if not spec.root.source.startswith("debian:"):
         raise TemplateError(f"{document.template}: root.from: {spec.root.source}: there are no packages to lock")
+    if spec.root.layers:
+        raise TemplateError(f"{document.template}: root.layers: finished layers are as they are: nothing to lock")
     before = _before(bench, claims)
     made = _kept(before, spec, bench) if before and not update else None
     if made is None:
