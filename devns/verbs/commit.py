@@ -29,13 +29,13 @@ def commit(name: str, original: str | None, bench: Bench) -> dict[str, Any]:
     environment = _checked(spec, store, bench)
     lower = build.lower_directories(spec, bench.host)
     places = [f"/lower/{number}" for number in range(len(lower))]
-    bench.progress.stage(f"copy what was written in {spec.name}")
 
     def copy() -> list[Any]:
         copying.copy_tree("/old", "/new")
         return changes.packages("/old", places)
 
     with environment.lease(exclusive=True), store.staging() as staging:
+        bench.progress.stage(f"copy what was written in {spec.name}")
         read = {"/old": environment.upper, **dict(zip(places, lower, strict=True))}
         packages = trees.run(bench.host, copy, read=read, write={"/new": staging.root})
         bench.progress.stage("write to disk")

@@ -600,3 +600,79 @@ def test_verify_reads_what_other_ids_own(devns: Devns, tiny: Callable[..., str],
     devns("build", tiny("other", "two\n"))
     found = answer(devns("verify", "tiny", "--json"))
     assert (len(found["layers"]), found["problems"]) == (1, [])
+
+
+# --- commit -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_becomes_a_template_that_outlives_its_environment(
+    devns: Devns, tiny: Callable[..., str], templates: Path, store: Path
+) -> None:
+    script = "echo new > /etc/new; echo changed > /etc/name; rm /etc/other; mkdir -m 700 /srv/d; ln -s d /srv/l"
+    assert devns("run", "--root", tiny(), "--", "sh", "-c", script).returncode == 0
+    done = answer(devns("commit", "mine", "tiny", "--json"))
+    assert done["template"] == str(templates / "mine.toml")
+    assert devns("remove", "tiny").returncode == 0
+    assert answer(devns("gc", "--json")) == []  # the template names both layers
+    seen = devns("run", "mine", "--", "sh", "-c", "cat /etc/new /etc/name; cat /etc/other || ls /srv; ls -ld /srv/d")
+    assert seen.stdout.splitlines()[:4] == ["new", "changed", "d", "l"]
+    assert seen.stdout.splitlines()[4].startswith("drwx------")
+    assert answer(devns("diff", "mine", "--json"))["files"] == []
+    layers = answer(devns("info", "mine", "--json"))["layers"]
+    assert (len(layers), layers[1]) == (2, done["layer"])
+    rows = {row["key"]: row["users"] for row in answer(devns("du", "--json"))["layers"]}
+    assert rows[done["layer"]] == ["mine", "template mine"]
+    assert answer(devns("verify", "--json"))["problems"] == []
+
+
+def test_a_commit_of_a_commit_stands_on_it_and_without_templates_both_go(
+    devns: Devns, tiny: Callable[..., str], templates: Path, store: Path
+) -> None:
+    assert devns("run", "--root", tiny(), "--", "sh", "-c", "echo 1 > /etc/first").returncode == 0
+    first = answer(devns("commit", "first", "tiny", "--json"))["layer"]
+    assert devns("run", "--root", "first", "--", "sh", "-c", "echo 2 > /etc/second").returncode == 0
+    second = answer(devns("commit", "second", "first", "--json"))["layer"]
+    assert answer(devns("info", "second", "--json"))["layers"][1:] == [first, second]
+    assert devns("run", "second", "--", "cat", "/etc/first", "/etc/second").stdout == "1\n2\n"
+    for name in ("first", "second"):
+        (templates / f"{name}.toml").unlink()
+    assert devns("remove", "tiny", "first", "second").returncode == 0
+    gone = {row["name"] for row in answer(devns("gc", "--json"))}
+    assert gone >= {first, second}
+    assert listdir(store / "layers") == []
+
+
+def test_what_was_not_written_gives_the_same_layer_twice(devns: Devns, tiny: Callable[..., str]) -> None:
+    assert devns("run", "--root", tiny(), "--", "sh", "-c", "echo 1 > /etc/first").returncode == 0
+    layers = [answer(devns("commit", name, "tiny", "--json"))["layer"] for name in ("one", "two")]
+    assert layers[0] == layers[1]
+
+
+def test_a_commit_that_cannot_be_is_one_sentence_and_nothing_is_made(
+    devns: Devns, tiny: Callable[..., str], templates: Path, store: Path, running: Callable[[str], Any]
+) -> None:
+    assert devns("build", tiny()).returncode == 0
+    before = listdir(store / "layers")
+    assert "there is a template of this name" in one_sentence(devns("commit", "py311", "tiny"))
+    assert "not fit for a template's name" in one_sentence(devns("commit", "../x", "tiny"))
+    assert devns("run", "host", "--", "true").returncode == 0
+    assert "its root is the host's" in one_sentence(devns("commit", "mine", "host"))
+    with running("tiny"):
+        assert "tiny: in use" in one_sentence(devns("commit", "mine", "tiny"))
+    assert (listdir(templates), listdir(store / "layers")) == (["tiny.toml"], before)
+    assert listdir(store / "staging") == []
+
+
+def test_a_template_of_layers_that_are_not_here_says_so(
+    devns: Devns, tiny: Callable[..., str], templates: Path
+) -> None:
+    key = "commit-" + "0" * 32
+    (templates / "lost.toml").write_text(f'extends = "{tiny()}"\n[root]\nlayers = ["{key}"]\n')
+    done = devns("run", "lost", "--", "true")
+    assert (done.returncode, f"root.layers: {key}: not in this store" in done.stderr) == (78, True)
+    (templates / "lost.toml").write_text('extends = "tiny"\n[root]\nlayers = ["../../x"]\n')
+    done = devns("run", "lost", "--", "true")
+    assert (done.returncode, "no name of a layer" in done.stderr) == (78, True)
+    (templates / "lost.toml").write_text("layers = [")
+    done = devns("gc")
+    assert (done.returncode, "lost.toml" in done.stderr) == (78, True)  # it may name layers, so none is taken away
