@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from devns.host import Host
-    from devns.launch import Explain, Plan
+    from devns.launch import Plan
     from devns.plugins import Hooks
     from devns.progress import Progress
     from devns.spec import Spec
@@ -109,7 +109,6 @@ def ensure(
     progress: Progress,
     hooks: Hooks,
     *,
-    explain: Explain | None = None,
     shell_on_failure: bool = False,
 ) -> None:
     """Make each layer that is missing. Of two builds of one layer the second waits, and finds it there.
@@ -143,7 +142,7 @@ def ensure(
                 )
                 if "run" in recipe:
                     command = _Command(number + 1 - len(wanted) + len(spec.build.run), recipe, place, spec, host)
-                    made = command.run(progress, explain, shell_on_failure=shell_on_failure)
+                    made = command.run(progress, shell_on_failure=shell_on_failure)
                 else:
                     made = source.make(recipe, place, host, store.cache, progress)
                 progress.stage("write to disk")
@@ -184,7 +183,7 @@ class _Command:
     spec: Spec
     host: Host
 
-    def run(self, progress: Progress, explain: Explain | None, *, shell_on_failure: bool) -> dict[str, Any]:
+    def run(self, progress: Progress, *, shell_on_failure: bool) -> dict[str, Any]:
         """Run it; each line it says is a note. What it wrote is the layer, as overlayfs left it: what it deleted is
         there as a whiteout, a directory that it made anew in the place of another is opaque."""
         text = " ".join(self.recipe["run"].split())
@@ -193,7 +192,7 @@ class _Command:
         progress.stage(what)
         try:
             with self._planned(["/bin/sh", "-euc", self.recipe["run"]]) as plan:
-                sealed.run_sealed(plan, line=progress.note, explain=explain, what=what)
+                sealed.run_sealed(plan, self.host, line=progress.note, what=what)
         except sealed.Ended as error:
             if not shell_on_failure:
                 name = "" if self.spec.project else f" {self.spec.name}"
@@ -202,7 +201,7 @@ class _Command:
             progress.note(f"{what} failed: here is a shell where it did; what is written in it is thrown away")
             with self._planned(_SHELL) as plan:
                 terminal = {"TERM": self.host.environ.get("TERM", "dumb")}
-                sealed.enter(plan | {"env": plan["env"] | terminal}, explain=explain)
+                sealed.enter(plan | {"env": plan["env"] | terminal}, self.host)
             raise
         except StepError as error:
             raise DevnsError(f"{what}: {error.message}", hint=error.hint) from None

@@ -39,6 +39,9 @@ _FLAGS = {
 }
 
 
+SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can be out of
+
+
 class Errand:
     """What one launch is to do: the Plan, or `call` instead of its argv; whose streams; whether steps are told."""
 
@@ -85,9 +88,16 @@ def guard(control: socket.socket, run: Callable[[], None]) -> NoReturn:
         tell(control, {"failed": {"op": failure.op, "errno": error.errno, "path": path}})
     except DevnsError as error:
         tell(control, {"refused": {"message": error.message, "hint": error.hint}})
+    except OSError as error:
+        tell(control, _shortage(error) or {"bug": _frames(error)})
     except BaseException as error:  # a bug of ours: its frames travel as text, nothing may unwind into the caller
         tell(control, {"bug": _frames(error)})
     os._exit(125)
+
+
+def _shortage(error: OSError) -> dict[str, Any] | None:
+    """The failure of no step in particular, where the machine has not enough of something: then it is no bug."""
+    return {"failed": {"op": "launch", "errno": error.errno, "path": None}} if error.errno in SHORT else None
 
 
 def tell(control: socket.socket, message: Mapping[str, Any]) -> None:
@@ -177,7 +187,8 @@ def child(errand: Errand, control: socket.socket) -> None:
     errand.umask = os.umask(0o022)
     # Opened now: when init pivots, the root of this process changes with it, and there need be no /dev in the new one.
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    pid = os.fork()
+    with _step("fork"):
+        pid = os.fork()
     if pid == 0:
         guard(control, lambda: _init(errand, control, null))
     # Whoever waits for the end of a pipe waits for this process too: it keeps none.
@@ -208,7 +219,8 @@ def _init(errand: Errand, control: socket.socket, null: int) -> None:
         signal.signal(number, lambda number, frame: None)
     result_read, result = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(result_read, False)
-    pid = os.fork()
+    with _step("fork"):
+        pid = os.fork()
     if pid == 0:
         os.close(result_read)
         signal.set_wakeup_fd(-1)
@@ -466,6 +478,8 @@ def _answer(call: Call) -> dict[str, Any]:
         return {"value": call()}
     except DevnsError as error:
         return {"refused": {"message": error.message, "hint": error.hint}}
+    except OSError as error:
+        return _shortage(error) or {"bug": _frames(error)}
     except BaseException as error:
         return {"bug": _frames(error)}
 

@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from typing import Any
 
 from devns import terminal
-from devns.child import FORWARDED, PACKET, Call, Errand, child, guard, is_terminal, receive, wait_for
+from devns.child import FORWARDED, PACKET, SHORT, Call, Errand, child, guard, is_terminal, receive, wait_for
 from devns.errors import DevnsError, StepError, Unsupported
 
 Plan = dict[str, Any]
@@ -216,6 +216,17 @@ class _Failed(Exception):
 
 
 @contextlib.contextmanager
+def _shortage(op: str = "launch") -> Iterator[None]:
+    """Where the machine has not enough of something, that is the failure of `op`, and no bug."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SHORT:
+            raise
+        raise _Failed({"op": op, "errno": error.errno, "path": None}) from None
+
+
+@contextlib.contextmanager
 def started(
     plan: Plan,
     *,
@@ -240,30 +251,32 @@ def started(
     tell_step = trace or (lambda text: None)
     errand = Errand(plan, call, stdio, keep, all(map(is_terminal, stdio[:2])), traced=trace is not None)
     with contextlib.ExitStack() as held:
-        held.enter_context(_standard_streams())
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        held.enter_context(ours)
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            guard(theirs, lambda: child(errand, theirs))
-        theirs.close()
-        running = Running(pid, ours, lambda number: tell_step(_line(plan["inside"][number])))
-        held.callback(running.collect)
-        held.callback(running.end)
         try:
-            running.expect("unshared")
-            tell_step(f"unshare {' '.join(plan['namespaces'])}")
-            _write_maps(plan["identity"], pid)
-            for step in plan["outside"]:
-                tell_step(_line(step))
-                held.enter_context(_effect(step["op"], effects)(step, Child(pid, note)))
-            # Once more, so that what runs inside has ended before what it stood on is released.
+            with _shortage():
+                held.enter_context(_standard_streams())
+                ours, theirs = map(held.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            with _shortage("fork"):
+                pid = os.fork()
+            if pid == 0:
+                ours.close()
+                guard(theirs, lambda: child(errand, theirs))
+            theirs.close()
+            running = Running(pid, ours, lambda number: tell_step(_line(plan["inside"][number])))
             held.callback(running.collect)
             held.callback(running.end)
-            for text in plan["notes"]:
-                note(text)
-            running.go(errand.own_terminal)
+            with _shortage():
+                running.expect("unshared")
+                tell_step(f"unshare {' '.join(plan['namespaces'])}")
+                _write_maps(plan["identity"], pid)
+                for step in plan["outside"]:
+                    tell_step(_line(step))
+                    held.enter_context(_effect(step["op"], effects)(step, Child(pid, note)))
+                # Once more, so that what runs inside has ended before what it stood on is released.
+                held.callback(running.collect)
+                held.callback(running.end)
+                for text in plan["notes"]:
+                    note(text)
+                running.go(errand.own_terminal)
             yield running
         except _Failed as failure:
             raise _explained(failure.args[0], explain) from None
@@ -364,7 +377,8 @@ def _explained(failure: Mapping[str, Any], explain: Explain | None) -> StepError
 @contextlib.contextmanager
 def _signals(forward: bool) -> Iterator[int]:
     """Signals come in at a descriptor while this holds: its number, or -1 where they cannot be taken."""
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with _shortage():
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         try:
             before = signal.set_wakeup_fd(write, warn_on_full_buffer=False) if forward else None

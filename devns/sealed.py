@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from devns import diagnose
 from devns.accounts import ROOT
 from devns.durable import telling
 from devns.errors import DevnsError
@@ -150,15 +152,15 @@ def delete(path: str, host: Host) -> None:
             delete_tree(f"/above/{name}")
             return ""
 
-        run_sealed(plan, call=call)
+        run_sealed(plan, host, call=call)
 
 
 def run_sealed(
     plan: Plan,
+    host: Host,
     *,
     call: Callable[[], str] | None = None,
     line: Callable[[str], None] = lambda text: None,
-    explain: Explain | None = None,
     what: str = "a build step",
     keep: Sequence[int] = (),
     beside: Callable[[Watch], AbstractContextManager[Any]] = lambda watch: nullcontext(),
@@ -190,19 +192,24 @@ def run_sealed(
             line(text)
         return False
 
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    ear, mouth = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(ear, False)
-    watch: Watch = {ear: hear}
+    opened: list[int] = []
     try:
-        with _umask(), started(plan, call=call, stdio=(null, mouth, mouth), keep=keep, explain=explain) as running:
-            os.close(mouth)
-            mouth = -1
+        with telling(what):
+            opened.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+            opened += os.pipe2(os.O_CLOEXEC)
+        null, ear, mouth = opened
+        os.set_blocking(ear, False)
+        watch: Watch = {ear: hear}
+        with (
+            _umask(),
+            started(plan, call=call, stdio=(null, mouth, mouth), keep=keep, explain=_explaining(host)) as running,
+        ):
+            os.close(opened.pop())  # the mouth: the ear must hear when the last other one is closed
             with beside(watch):
                 status = running.wait(watch=watch, forward=False)
             hear(final=True)
     finally:
-        for fd in (null, ear, *([mouth] if mouth >= 0 else [])):
+        for fd in opened:
             os.close(fd)
     if status:
         said = "\n".join(f"  {text}" for text in last)
@@ -210,10 +217,14 @@ def run_sealed(
     return running.result or ""
 
 
-def enter(plan: Plan, *, explain: Explain | None = None) -> int:
+def enter(plan: Plan, host: Host) -> int:
     """Run it on the caller's own streams, to look around; returns its status."""
-    with _umask(), started(plan, explain=explain) as running:
+    with _umask(), started(plan, explain=_explaining(host)) as running:
         return running.wait()
+
+
+def _explaining(host: Host) -> Explain:
+    return partial(diagnose.explain, host=host)
 
 
 @contextmanager

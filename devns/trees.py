@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from devns import diagnose, manifest, sealed
+from devns.durable import refused
 from devns.errors import DevnsError
 from devns.ops import bind, tmpfs
 from devns.store import ForeignFiles
@@ -49,14 +50,13 @@ def run(
         try:
             return json.dumps(function())
         except OSError as error:
-            said = f"{_outside(error.filename, places)}: {os.strerror(error.errno or 0).lower()}"
+            told = refused(_outside(error.filename, places), error)
             if lacking and error.errno in (errno.EACCES, errno.EPERM):  # root inside is refused nothing of its own
-                raise DevnsError(
-                    f"{said}: it belongs to another user id; {lacking.message}", hint=lacking.remedy
-                ) from None
-            raise DevnsError(said) from None
+                said = f"{told.message}: it belongs to another user id; {lacking.message}"
+                raise DevnsError(said, hint=lacking.remedy) from None
+            raise told from None
 
-    return json.loads(sealed.run_sealed(plan, call=call, what="the walk through the store") or "null")
+    return json.loads(sealed.run_sealed(plan, host, call=call, what="the walk through the store") or "null")
 
 
 def widest(host: Host) -> str:

@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from devns import build, diagnose, template, trust
@@ -100,7 +101,6 @@ def prepare(spec: Spec, bench: Bench, *, shell_on_failure: bool = False) -> Envi
         store,
         bench.progress,
         bench.hooks,
-        explain=explain(bench.host),
         shell_on_failure=shell_on_failure,
     )
     record = {"template": spec.template, "project": spec.project, "layers": build.layers(spec, bench.host)}
@@ -137,7 +137,7 @@ def refuse(problems: Sequence[Problem]) -> None:
 
 def explain(host: Host) -> Explain:
     """How launch puts a failed step into words on this host."""
-    return lambda op, errno, path: diagnose.explain(op, errno, path, host)
+    return partial(diagnose.explain, host=host)
 
 
 def shell_command(spec: Spec, host: Host) -> list[str]:

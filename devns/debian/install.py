@@ -92,7 +92,7 @@ def _unpack(
 
     with _Arrivals(selection, host, cache, progress) as arrivals:
         keys = sealed.run_sealed(
-            plan, call=call, line=arrivals.unpacked, keep=[arrivals.ear], beside=arrivals.fetching
+            plan, host, call=call, line=arrivals.unpacked, keep=[arrivals.ear], beside=arrivals.fetching
         ).split()
     return sorted(keys, key=lambda key: (*(key.partition(":")[0] != name for name in _FIRST), key))
 
@@ -196,7 +196,7 @@ def _configure(
         if text.startswith("Setting up "):
             progress.advance()
 
-    sealed.run_sealed(plan, line=line)
+    sealed.run_sealed(plan, host, line=line)
 
 
 def patient(script: str, patience: str = _PATIENCE) -> list[str]:
@@ -340,7 +340,7 @@ def _catch_up(root: str, later: str, host: Host, progress: Progress, *, map: str
             os.write(1, f"{_DONE}\n".encode())
         return ""
 
-    sealed.run_sealed(plan, call=call, line=lambda text: progress.advance(text == _DONE), what="making caches")
+    sealed.run_sealed(plan, host, call=call, line=lambda text: progress.advance(text == _DONE), what="making caches")
 
 
 def _requests() -> list[list[str]]:

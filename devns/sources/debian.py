@@ -218,7 +218,7 @@ def _add(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
             env={**place.variables, **sealed.ENV, "DEBCONF_NONINTERACTIVE_SEEN": "true"},
             network=recipe["network"],
         )
-        sealed.run_sealed(plan, line=line, what=f"apt-get install {' '.join(recipe['packages'])}")
+        sealed.run_sealed(plan, host, line=line, what=f"apt-get install {' '.join(recipe['packages'])}")
     return {"packages": installed, "built": built}
 
 

@@ -60,7 +60,7 @@ def make(recipe: dict[str, Any], place: Place, host: Host, cache: str, progress:
                 raise type(error)(f"{recipe['path']}: {error.message}", hint=error.hint) from None
             return ""
 
-        sealed.run_sealed(plan, call=call, keep=[archive])
+        sealed.run_sealed(plan, host, call=call, keep=[archive])
     finally:
         os.close(archive)
     return {}

@@ -215,7 +215,7 @@ def test_A_32_a_line_without_an_end_is_cut(machine: Host) -> None:
     lines: list[str] = []
     script = "head -c 3000000 /dev/zero | tr '\\0' x; echo; echo last; exit 3"
     with pytest.raises(sealed.Ended) as ended:
-        sealed.run_sealed(sealed_shell(machine, script), line=lines.append)
+        sealed.run_sealed(sealed_shell(machine, script), machine, line=lines.append)
     assert lines[-1] == "last"
     assert max(map(len, lines)) == 8192
     assert len(ended.value.message) < 12_000
