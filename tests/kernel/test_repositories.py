@@ -179,7 +179,9 @@ def direct(cli: Cli) -> Iterator[Vendor]:
         yield vendor
 
 
-def test_a_project_runs_what_its_own_repository_has_and_the_apt_inside_goes_on(vendor: Vendor) -> None:
+@pytest.mark.parametrize("template", ["debian12", "debian13"])  # their apts verify by gpgv and by sqv
+def test_a_project_runs_what_its_own_repository_has_and_the_apt_inside_goes_on(vendor: Vendor, template: str) -> None:
+    vendor.write(first=f'extends = "{template}"')
     vendor.ok("trust")
     assert vendor.ok("run", "--", "sh", "-c", "gadget && cat /etc/gadget.state") == "gadget 1.0\nconfigured\n"
     updated = vendor.devns("run", "--root", "--", "apt-get", "update")
