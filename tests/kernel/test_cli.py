@@ -78,6 +78,30 @@ def test_run_with_a_range_of_ids_keeps_your_own(devns: Devns, require: Any) -> N
     assert done.stdout == f"{os.getuid()}\n3\n"
 
 
+def test_run_as_another_user_is_that_user_with_its_name(devns: Devns) -> None:
+    script = "id -un; echo $USER $LOGNAME $HOME; pwd"
+    assert devns("run", "--user", "nobody", "host", "--", "sh", "-c", script).stdout == (
+        "nobody\nnobody nobody /nonexistent\n/\n"
+    )
+    assert devns("run", "--user", "102:104", "host", "--", "sh", "-c", "id -u; id -g").stdout == "102\n104\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--user", "nobdy"), 78, 'host: user.as: no user "nobdy" inside\nhint: did you mean nobody?\n'),
+        (("--user", "a b"), 125, "--user a b: no user\nhint: a name that is known inside, or numbers: 102, 102:104\n"),
+        (("--user", ""), 125, "--user : no user\nhint: a name that is known inside, or numbers: 102, 102:104\n"),
+        (("--root", "--user", "nobody"), 125, "--root is --user root: both cannot be said\n"),
+    ],
+)
+def test_a_user_that_is_none_is_one_sentence(
+    devns: Devns, arguments: tuple[str, ...], status: int, message: str
+) -> None:
+    done = devns("run", *arguments, "host", "--", "true")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"devns: {message}")
+
+
 def test_run_without_a_command_says_how(devns: Devns) -> None:
     done = devns("run", "host")
     assert done.returncode == 125

@@ -8,6 +8,8 @@ of their own, other than while packages are installed.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,8 +29,26 @@ from devns.host import Host
 
 CHECKOUT = Path(__file__).parents[2]
 ALL = os.environ.get("DEVNS_TEST_DAEMONS") == "all"
-COMMON = "nginx-light openssh-client openssh-server postgresql redis-server curl"
-MORE = "amqp-tools bind9 bind9-dnsutils mariadb-server memcached mosquitto mosquitto-clients rabbitmq-server squid"
+PAGE = (CHECKOUT / "docs/services.md").read_text()
+(TEMPLATE,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+(PACKAGES,) = re.findall(r"^packages = .*$", TEMPLATE, re.MULTILINE)
+EXAMPLES = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+COMMON: list[str] = re.findall(r'"(.*?)"', PACKAGES)
+MORE = (
+    "amqp-tools bind9 bind9-dnsutils mariadb-server memcached mosquitto mosquitto-clients rabbitmq-server squid".split()
+)
+
+# Users, groups, capabilities of files, statoverrides, device nodes, ACLs: each of these once failed somewhere with one
+# mapped id. There can be only one mail server and one time server at a time: the last two replace others.
+MANY = (
+    "dbus nginx openssh-server postgresql sudo systemd",
+    "apache2 at avahi-daemon bind9 build-essential chrony cron cups-daemon dovecot-core fontconfig git iputils-ping "
+    "man-db mariadb-server memcached mosquitto nfs-common nodejs openjdk-17-jre-headless php-fpm polkitd postfix "
+    "rabbitmq-server redis-server rsyslog rtkit screen slapd squid tor udev",
+    "ntpsec nullmailer",
+)
+# What dpkg has to complain about: nothing where all that is installed is configured.
+UNCONFIGURED = "dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev}${Package}\\n' | grep -v -e ^ii -e ^rc || true"
 
 pytestmark = pytest.mark.network
 when_all = pytest.mark.skipif(not ALL, reason="one of the ten that run with DEVNS_TEST_DAEMONS=all")
@@ -60,13 +80,11 @@ class Box:
         self.range = map == "range"
 
     def write(self, network: str) -> None:
-        """The template: a user's own, so that nothing need be trusted."""
+        """The template of docs/services.md, whose packages apt is to install instead, with this map and network."""
         path = self.place / "home/.config/devns/templates/services.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f'extends = "debian12"\n[user]\nmap = "{self.map}"\n[network]\nmode = "{network}"\n'
-            '[mount]\ntmpfs = ["/run/postgresql:mode=1777"]\n'
-        )
+        text = TEMPLATE.replace('mode = "none"', f'mode = "{network}"').replace(PACKAGES, "packages = []")
+        path.write_text(f'{text}\n[user]\nmap = "{self.map}"\n')
 
     def command(self, *arguments: str) -> dict[str, Any]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "DEVNS"))}
@@ -80,6 +98,10 @@ class Box:
             **self.command("run", *arguments), check=False, capture_output=True, stdin=subprocess.DEVNULL
         )
 
+    def apt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        install = ["apt-get", "install", "--yes", *arguments]
+        return self.run("--root", "-e", "DEBIAN_FRONTEND=noninteractive", "services", "--", *install)
+
     def serve(self, script: str, *who: str) -> Answer:
         """Run the script as `who` ("--root", "--user", NAME); afterwards not a process is left of it."""
         done = self.run(*who, "services", "--", "bash", "-c", PRELUDE + script)
@@ -92,6 +114,14 @@ class Box:
         answer = self.serve(script, *who)
         assert answer.status == 0, "\n".join([*answer.lines, answer.errors])
         return answer.lines
+
+    def typed(self, script: str) -> list[str]:
+        """What is said to who types this on the host, where `devns` is the command of that name."""
+        run = self.command()
+        program = f'devns() {{ {shlex.join(run["args"])} "$@"; }}; set -e\n{script}'
+        done = subprocess.run(**run | {"args": ["bash", "-c", program]}, check=False, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout).splitlines()
 
     def as_user(self, name: str) -> tuple[str, ...]:
         """How a daemon that must not be root comes to be `name`: at once, or in a range by way of root."""
@@ -118,9 +148,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if map not in made:
             box = Box(tmp_path_factory.mktemp(map), map)
             box.write("host")
-            packages = f"{COMMON} {MORE}" if ALL else COMMON
-            install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages.split()]
-            done = box.run("--root", "-e", "DEBIAN_FRONTEND=noninteractive", "services", "--", *install)
+            done = box.apt("--no-install-recommends", *COMMON, *(MORE if ALL else []))
             assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
             box.write("none")
             made[map] = box
@@ -152,11 +180,26 @@ def box(request: pytest.FixtureRequest, boxes: Callable[[str], Box], require: An
 
 
 def test_every_package_is_configured(box: Box) -> None:
-    script = (
-        "dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev}\\n' | sort -u; dpkg-query -W -f '${Package} ' " + COMMON
-    )
-    state, names = box.said(script, "--root")
-    assert (state.strip(), sorted(names.split())) == ("ii", sorted(COMMON.split()))
+    script = f"{UNCONFIGURED}; dpkg-query -W -f '${{Package}} ' {' '.join(COMMON)}"
+    names = " ".join(box.said(script, "--root"))
+    assert sorted(names.split()) == sorted(COMMON)
+
+
+@when_all
+def test_packages_that_need_many_users_are_installed_with_one_mapped_id(tmp_path: Path, require: Any) -> None:
+    require("userns", "overlay")
+    need_a_mirror()
+    box = Box(tmp_path, "single")
+    box.write("host")
+    try:
+        for names in MANY:
+            done = box.apt(*names.split())
+            assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+            assert box.said(f"{UNCONFIGURED}; dpkg-query -W -f '${{Package}}\\n' {names}", "--root") == sorted(
+                names.split()
+            )
+    finally:
+        sealed.delete(str(tmp_path / "store"), Host.probe())
 
 
 # --- the daemons ------------------------------------------------------------------------------------------------------
@@ -164,11 +207,12 @@ def test_every_package_is_configured(box: Box) -> None:
 
 def test_postgresql_answers_a_query(box: Box) -> None:
     script = """
-        [ -d /etc/postgresql/15/main ] || pg_createcluster 15 main -o ssl=off > /dev/null
-        pg_ctlcluster 15 main start
-        as postgres psql -qAt -c 'create table t (n int); insert into t values (20), (22)' \\
-            -c 'select sum(n), current_user from t' -c 'drop table t'
-        owner "$(head -n 1 /var/lib/postgresql/15/main/postmaster.pid)"
+        pg_createcluster 15 shop -o ssl=off > /dev/null
+        pg_ctlcluster 15 shop start
+        as postgres psql --cluster 15/shop -qAt -c 'create table t (n int); insert into t values (20), (22)' \\
+            -c 'select sum(n), current_user from t'
+        owner "$(head -n 1 /var/lib/postgresql/15/shop/postmaster.pid)"
+        pg_dropcluster --stop 15 shop
     """
     assert box.said(script, *box.as_user("postgres")) == ["42|postgres", "postgres"]
 
@@ -312,14 +356,13 @@ def test_mosquitto_hands_on_a_message(box: Box) -> None:
         install -d -o mosquitto /run/mosquitto
         mosquitto -d -c /etc/mosquitto/mosquitto.conf 2> /dev/null
         soon mosquitto_pub -t other -m nothing
-        mosquitto_sub -t shop/answer -C 1 -W 20 > /tmp/heard &
-        soon mosquitto_sub -t '$SYS/broker/subscriptions/count' -C 1 -W 5
-        for _ in $(seq 20); do mosquitto_pub -t shop/answer -m 42; [ ! -s /tmp/heard ] || break; sleep 0.2; done
-        wait %1
+        mosquitto_sub -v -t shop/answer -C 1 -W 60 > /tmp/heard & subscriber=$!
+        while [ -d /proc/$subscriber ] && [ ! -s /tmp/heard ]; do mosquitto_pub -t shop/answer -m 42; sleep 0.2; done
+        wait $subscriber
         cat /tmp/heard
         owner "$(cat /run/mosquitto/mosquitto.pid)"
     """
-    assert box.said(script, "--root") == ["42", "mosquitto" if box.range else "root"]
+    assert box.said(script, "--root") == ["shop/answer 42", "mosquitto" if box.range else "root"]
 
 
 # --- as another user --------------------------------------------------------------------------------------------------
@@ -335,8 +378,33 @@ def test_another_user_is_in_its_groups_only_where_there_are_others(box: Box) -> 
 @when_all
 def test_in_a_range_postgresql_can_be_started_by_its_user(boxes: Callable[[str], Box], require: Any) -> None:
     require("range")
-    script = "pg_ctlcluster 15 main start; psql -At -c 'select current_user' -c 'show ssl'; cat /etc/shadow || echo no"
+    start = "pg_ctlcluster 15 main start > /dev/null"
+    script = f"{start}; psql -At -c 'select current_user' -c 'show ssl'; cat /etc/shadow || echo no"
     assert boxes("range").said(script, "--user", "postgres") == ["postgres", "on", "no"]
+
+
+# --- the page on services ---------------------------------------------------------------------------------------------
+
+
+def test_every_example_of_the_page_on_services_says_what_it_should(boxes: Callable[[str], Box], require: Any) -> None:
+    require("userns", "overlay", "net")
+    for example in EXAMPLES:
+        assert boxes("single").typed(example) == re.findall(r"^# (.*)$", example, re.MULTILINE)
+
+
+@when_all
+def test_the_template_of_the_page_on_services_can_be_built(tmp_path: Path, require: Any) -> None:
+    require("userns", "overlay", "net")
+    box = Box(tmp_path, "single")
+    box.write("none")
+    path = tmp_path / "home/.config/devns/templates/services.toml"
+    path.write_text(TEMPLATE)
+    need_a_mirror()
+    try:
+        for example in EXAMPLES:
+            assert box.typed(example) == re.findall(r"^# (.*)$", example, re.MULTILINE)
+    finally:
+        sealed.delete(str(tmp_path / "store"), Host.probe())
 
 
 # --- what does not work -----------------------------------------------------------------------------------------------

@@ -107,6 +107,12 @@ def test_C_16_what_is_no_variable_is_the_callers_mistake(box: Environment, env: 
         box.run(["true"], env=env)
 
 
+@pytest.mark.parametrize("options", [{"user": ""}, {"user": "a b"}, {"root": True, "user": "nobody"}])
+def test_what_is_no_user_is_the_callers_mistake(options: Any) -> None:
+    with pytest.raises(ValueError, match="user"):
+        devns.open("host", **options)
+
+
 def test_what_is_no_path_is_the_callers_mistake(box: Environment) -> None:
     for path in ("", "a\0b"):
         with pytest.raises(ValueError, match=r"^cwd: "):
