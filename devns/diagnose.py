@@ -293,6 +293,7 @@ ANSWERS: dict[tuple[str, int], tuple[str, str | None]] = {
     ("exec", E.ENOEXEC): ("it is neither a program for this machine ({machine}) nor a script with a #! line", None),
     ("exec", E.E2BIG): ("its arguments and environment are too long", "getconf ARG_MAX"),
     ("cwd", E.ENOENT): ("there is no such directory inside", "start devns elsewhere, or mount it"),
+    ("cwd", E.EACCES): ("who you are inside may not go there", "devns run --workdir / ..."),
     ("newuidmap", E.EPERM): ("newuidmap refuses it, although it has its rights and /etc/subuid its row", None),
     ("fork", E.EAGAIN): ("too many processes are running as you", "ulimit -u"),
     ("account", E.EROFS): ("its root cannot be written: on a full disk overlayfs is read-only", "df -h {store}"),

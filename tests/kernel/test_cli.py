@@ -102,6 +102,22 @@ def test_a_user_that_is_none_is_one_sentence(
     assert (done.returncode, done.stdout, done.stderr) == (status, "", f"devns: {message}")
 
 
+def test_another_user_that_may_not_go_where_the_project_is_is_told_so(
+    devns: Devns, project: Path, require: Any
+) -> None:
+    require("range")
+    project.parent.chmod(0o755)
+    project.chmod(0o700)
+    write(project, 'extends = "host"\n')
+    arguments = ("run", "--map", "range", "--user", "102")
+    done = devns(*arguments, "--", "pwd", cwd=project)
+    assert (done.returncode, done.stderr) == (
+        125,
+        f"devns: cannot start in {project}: who you are inside may not go there\nhint: devns run --workdir / ...\n",
+    )
+    assert devns(*arguments, "--workdir", "/", "--", "pwd", cwd=project).stdout == "/\n"
+
+
 def test_run_without_a_command_says_how(devns: Devns) -> None:
     done = devns("run", "host")
     assert done.returncode == 125
