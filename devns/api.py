@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from devns.hooks import hookimpl as hookimpl
     from devns.host import Host as Host
     from devns.launch import Child as Child
+    from devns.linux import CLONE_NEWNET as CLONE_NEWNET
+    from devns.linux import CLONE_NEWUSER as CLONE_NEWUSER
+    from devns.linux import LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET as LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET
+    from devns.linux import LANDLOCK_SCOPE_SIGNAL as LANDLOCK_SCOPE_SIGNAL
+    from devns.linux import PR_SET_DUMPABLE as PR_SET_DUMPABLE
+    from devns.linux import PR_SET_NO_NEW_PRIVS as PR_SET_NO_NEW_PRIVS
+    from devns.linux import PR_SET_PDEATHSIG as PR_SET_PDEATHSIG
+    from devns.linux import attach_filter as attach_filter
+    from devns.linux import close_all_but as close_all_but
+    from devns.linux import landlock_files as landlock_files
+    from devns.linux import prctl as prctl
+    from devns.linux import seccomp_set_filter as seccomp_set_filter
+    from devns.linux import set_capabilities as set_capabilities
+    from devns.linux import setns as setns
+    from devns.linux import unshare as unshare
     from devns.ops import account as account
     from devns.ops import bind as bind
     from devns.ops import clock as clock
@@ -40,6 +55,7 @@ if TYPE_CHECKING:
     from devns.ops import tmpfs as tmpfs
     from devns.plan import Problem as Problem
     from devns.plan import Step as Step
+    from devns.seccomp import allow_only as allow_only
     from devns.spec import Spec as Spec
 
 _ROOMS = {
@@ -47,9 +63,13 @@ _ROOMS = {
     "hooks": "hookimpl",
     "host": "Host",
     "launch": "Child",
+    "linux": "CLONE_NEWNET CLONE_NEWUSER LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET LANDLOCK_SCOPE_SIGNAL PR_SET_DUMPABLE"
+    " PR_SET_NO_NEW_PRIVS PR_SET_PDEATHSIG attach_filter close_all_but landlock_files prctl seccomp_set_filter"
+    " set_capabilities setns unshare",
     "ops": "account bind clock cwd dev directory file hostname loopback mask mqueue namespace note outside overlay proc"
     " rlimit setenv symlink sysfs tmpfs",
     "plan": "Problem Step",
+    "seccomp": "allow_only",
     "spec": "Spec",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -52,6 +52,11 @@ class Child:
     def __init__(self, pid: int, note: Callable[[str], None]) -> None:
         self.pid = pid
         self.note = note
+        self.watched: dict[int, Callable[[], object]] = {}
+
+    def watch(self, fd: int, callback: Callable[[], object]) -> None:
+        """Call `callback`, once, when `fd` is readable or at its end while the payload runs."""
+        self.watched[fd] = callback
 
 
 class Running:
@@ -68,6 +73,7 @@ class Running:
         self._forwards = False
         self._ending = False
         self._said = ""  # what a payload that is a function returned so far
+        self._children: list[Child] = []  # what outside steps were given
 
     def wait(self, *, watch: MutableMapping[int, Callable[[], object]] | None = None, forward: bool = True) -> int:
         """Wait for the end; returns the exit status as a shell counts it: 0-255, 128+n on a signal.
@@ -79,6 +85,9 @@ class Running:
         self._forwards = forward
         callbacks = {} if watch is None else watch
         callbacks[self._control.fileno()] = self._hear
+        for given in self._children:
+            for fd, callback in given.watched.items():
+                callbacks[fd] = _once(callbacks, fd, callback)
         with _signals(forward) as wake:
             if wake >= 0:
                 callbacks[wake] = lambda: self._forward(wake)
@@ -117,6 +126,10 @@ class Running:
             if self.status is None:  # init ended without a word: the kernel's OOM killer, or somebody's SIGKILL
                 self.status = code
         return self.status or 0
+
+    def lend(self, given: Child) -> None:
+        """An outside step has been given this: what it watches is watched in `wait`."""
+        self._children.append(given)
 
     def go(self, own_terminal: bool) -> None:
         """Let the child go on; with an own terminal, until init has opened it."""
@@ -191,6 +204,16 @@ class Running:
         else:
             return
         self.signal(signal.SIGCONT)
+
+
+def _once(callbacks: MutableMapping[int, Callable[[], object]], fd: int, callback: Callable[[], object]) -> Any:
+    """A callback that removes its own, and ends nothing."""
+
+    def called() -> None:
+        callbacks.pop(fd, None)
+        callback()
+
+    return called
 
 
 def _ends_within(pid: int, milliseconds: int) -> bool:
@@ -270,7 +293,8 @@ def started(
                 _write_maps(plan["identity"], pid)
                 for step in plan["outside"]:
                     tell_step(_line(step))
-                    held.enter_context(_effect(step["op"], effects)(step, Child(pid, note)))
+                    running.lend(given := Child(pid, note))
+                    held.enter_context(_effect(step["op"], effects)(step, given))
                 # Once more, so that what runs inside has ended before what it stood on is released.
                 held.callback(running.collect)
                 held.callback(running.end)

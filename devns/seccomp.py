@@ -77,32 +77,42 @@ X32_BIT = 0x4000_0000  # asm/unistd.h: the x32 ABI is x86_64's with this bit set
 
 # fmt: off
 NUMBERS: dict[str, tuple[int | None, int | None]] = {
-    "acct": (163, 89), "add_key": (248, 217), "bpf": (321, 280), "capset": (126, 91), "chmod": (90, None),
-    "chown": (92, None), "clock_settime": (227, 112), "clone": (56, 220), "clone3": (435, 435),
-    "creat": (85, None), "create_module": (174, None), "delete_module": (176, 106), "fchmod": (91, 52),
-    "fchmodat": (268, 53), "fchmodat2": (452, 452), "fchown": (93, 55), "fchownat": (260, 54), "fdatasync": (75, 83),
-    "finit_module": (313, 273), "fsconfig": (431, 431), "fsmount": (432, 432), "fsopen": (430, 430),
-    "fspick": (433, 433), "fsync": (74, 82), "get_kernel_syms": (177, None), "init_module": (175, 105),
+    "accept4": (288, 242), "acct": (163, 89), "add_key": (248, 217), "bind": (49, 200), "bpf": (321, 280),
+    "brk": (12, 214), "capset": (126, 91), "chmod": (90, None), "chown": (92, None), "chroot": (161, 51),
+    "clock_gettime": (228, 113), "clock_settime": (227, 112), "clone": (56, 220), "clone3": (435, 435),
+    "close": (3, 57), "connect": (42, 203), "creat": (85, None), "create_module": (174, None),
+    "delete_module": (176, 106), "epoll_ctl": (233, 21), "epoll_pwait": (281, 22), "epoll_wait": (232, None),
+    "exit_group": (231, 94), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "fchown": (93, 55),
+    "fchownat": (260, 54), "fcntl": (72, 25), "fdatasync": (75, 83), "finit_module": (313, 273), "fsconfig": (431, 431),
+    "fsmount": (432, 432), "fsopen": (430, 430), "fspick": (433, 433), "fstat": (5, 80), "fsync": (74, 82),
+    "futex": (202, 98), "get_kernel_syms": (177, None), "getpeername": (52, 205), "getpid": (39, 172),
+    "getrandom": (318, 278), "getsockname": (51, 204), "getsockopt": (55, 209), "init_module": (175, 105),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "io_uring_setup": (425, 425), "ioctl": (16, 29),
     "ioperm": (173, None), "iopl": (172, None), "kexec_file_load": (320, 294), "kexec_load": (246, 104),
-    "keyctl": (250, 219), "lchown": (94, None), "lookup_dcookie": (212, 18), "migrate_pages": (256, 238),
-    "mknod": (133, None), "mknodat": (259, 33), "modify_ldt": (154, None), "mount": (165, 40),
-    "mount_setattr": (442, 442), "move_mount": (429, 429), "move_pages": (279, 239), "nfsservctl": (180, 42),
-    "open": (2, None), "open_by_handle_at": (304, 265), "open_tree": (428, 428), "open_tree_attr": (467, 467),
-    "openat": (257, 56), "openat2": (437, 437), "perf_event_open": (298, 241), "pivot_root": (155, 41),
-    "query_module": (178, None), "quotactl": (179, 60), "quotactl_fd": (443, 443), "reboot": (169, 142),
-    "request_key": (249, 218), "setfsgid": (123, 152), "setfsuid": (122, 151), "setgid": (106, 144),
-    "setgroups": (116, 159), "setns": (308, 268), "setregid": (114, 143), "setresgid": (119, 149),
-    "setresuid": (117, 147), "setreuid": (113, 145), "settimeofday": (164, 170), "setuid": (105, 146),
-    "socket": (41, 198), "socketpair": (53, 199), "swapoff": (168, 225), "swapon": (167, 224), "sync": (162, 81),
-    "sync_file_range": (277, 84), "syncfs": (306, 267), "syslog": (103, 116), "umount2": (166, 39),
-    "unshare": (272, 97), "uselib": (134, None), "userfaultfd": (323, 282),
+    "keyctl": (250, 219), "lchown": (94, None), "listen": (50, 201), "lookup_dcookie": (212, 18), "lseek": (8, 62),
+    "madvise": (28, 233), "migrate_pages": (256, 238), "mknod": (133, None), "mknodat": (259, 33), "mmap": (9, 222),
+    "modify_ldt": (154, None), "mount": (165, 40), "mount_setattr": (442, 442), "move_mount": (429, 429),
+    "move_pages": (279, 239), "mremap": (25, 216), "munmap": (11, 215), "newfstatat": (262, 79),
+    "nfsservctl": (180, 42), "open": (2, None), "open_by_handle_at": (304, 265), "open_tree": (428, 428),
+    "open_tree_attr": (467, 467), "openat": (257, 56), "openat2": (437, 437), "perf_event_open": (298, 241),
+    "pipe2": (293, 59), "pivot_root": (155, 41), "query_module": (178, None), "quotactl": (179, 60),
+    "quotactl_fd": (443, 443), "read": (0, 63), "reboot": (169, 142), "recvfrom": (45, 207), "recvmmsg": (299, 243),
+    "recvmsg": (47, 212), "request_key": (249, 218), "restart_syscall": (219, 128), "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sendmmsg": (307, 269), "sendmsg": (46, 211),
+    "sendto": (44, 206), "setfsgid": (123, 152), "setfsuid": (122, 151), "setgid": (106, 144), "setgroups": (116, 159),
+    "setns": (308, 268), "setregid": (114, 143), "setresgid": (119, 149), "setresuid": (117, 147),
+    "setreuid": (113, 145), "setsockopt": (54, 208), "settimeofday": (164, 170), "setuid": (105, 146),
+    "shutdown": (48, 210), "socket": (41, 198), "socketpair": (53, 199), "splice": (275, 76), "swapoff": (168, 225),
+    "swapon": (167, 224), "sync": (162, 81), "sync_file_range": (277, 84), "syncfs": (306, 267), "syslog": (103, 116),
+    "umount2": (166, 39), "unshare": (272, 97), "uselib": (134, None), "userfaultfd": (323, 282), "write": (1, 64),
 }
 # fmt: on
 
 
-def _filter(machine: str, rules: Iterable[Rule], *, foreign: Instruction, x32: Instruction) -> bytes:
-    """The program that decides by `rules`, the first that names the syscall, and allows the rest.
+def _filter(
+    machine: str, rules: Iterable[Rule], *, foreign: Instruction, x32: Instruction, rest: Instruction = ALLOW
+) -> bytes:
+    """The program that decides by `rules`, the first that names the syscall, and by `rest` about all others.
 
     Numbers mean nothing without their ABI: a call by another one (i386 by int 0x80, 32-bit Arm) gets `foreign`.
     The kernel asks a filter once which numbers it allows by number alone and never runs it for those (Linux 5.11),
@@ -117,7 +127,7 @@ def _filter(machine: str, rules: Iterable[Rule], *, foreign: Instruction, x32: I
         number = NUMBERS[name][COLUMN[machine]]
         if number is not None:
             code += _when(number, body)
-    code.append(ALLOW)
+    code.append(rest)
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 
@@ -125,7 +135,7 @@ def _filter(machine: str, rules: Iterable[Rule], *, foreign: Instruction, x32: I
 
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # asm-generic/ioctls.h: type into, and paste into, a terminal
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16  # linux/socket.h
-SOCK_PACKET, SOCK_TYPE_MASK, NETLINK_ROUTE = 10, 0xF, 0
+SOCK_RAW, SOCK_PACKET, SOCK_TYPE_MASK, NETLINK_ROUTE = 3, 10, 0xF, 0
 # linux/sched.h: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 CLONE_NEW = 0x0002_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000
 CLONE_NEWTIME = 0x80  # to unshare only: in clone's flags this bit belongs to the exit signal
@@ -211,6 +221,29 @@ def _families() -> list[Instruction]:
         *_when(AF_NETLINK, [_argument(2), *_when(NETLINK_ROUTE, [ALLOW]), refuse]),
         refuse,
     ]
+
+
+# allow-only -----------------------------------------------------------------------------------------------------------
+
+FIONBIO = 0x5421  # asm-generic/ioctls.h
+O_WRITING = 0o3 | 0o100 | 0o1000 | 0o20000000  # O_ACCMODE, O_CREAT, O_TRUNC, O_TMPFILE
+
+
+def allow_only(names: Iterable[str], machine: str) -> bytes:
+    """An allowlist, for a process of our own that talks to strangers: these calls, and EPERM for all others.
+
+    Of `openat` only to read, of `socket` only the internet's families and none that is raw, of `ioctl` only the one
+    that makes a descriptor non-blocking.
+    """
+    refuse = _errno(EPERM)
+    raw = [_argument(1), _and(SOCK_TYPE_MASK), *_when(SOCK_RAW, [refuse]), *_when(SOCK_PACKET, [refuse]), ALLOW]
+    judged = {
+        "openat": [_argument(2), *_when_any(O_WRITING, [refuse]), ALLOW],
+        "socket": [_argument(0), *_when(AF_INET, raw), *_when(AF_INET6, raw), refuse],
+        "ioctl": [_argument(1), *_when(FIONBIO, [ALLOW]), refuse],
+    }
+    rules = [(name, judged.get(name, [ALLOW])) for name in names]
+    return _filter(machine, rules, foreign=refuse, x32=refuse, rest=refuse)
 
 
 # emulate-root, ignore-sync --------------------------------------------------------------------------------------------

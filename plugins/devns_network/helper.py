@@ -27,6 +27,7 @@ _READY_WITHIN = 10.0  # seconds; both need some tens of milliseconds
 _GRACE = 1.0  # seconds between the request to end and SIGKILL
 _SAID_MAX = 4096  # bytes of what the helper said that an error repeats
 _READY_FD = 3  # of the helper
+_DNS = "10.0.2.3"  # where slirp4netns answers for the host's resolver; pasta does where it is told to
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def _pasta(step: Step, pid: int, ready: str) -> list[str]:
         *("--no-map-gw", "-u", "none", "-U", "none"),
         *[word for rule in published or ["none"] for word in ("-t", rule)],
         *[word for rule in opened or ["none"] for word in ("-T", rule)],
-        *("--dns-forward", "169.254.1.1", "--pid", ready, "--", str(pid)),
+        *("--dns-forward", _DNS, "--pid", ready, "--", str(pid)),
     ]
 
 

@@ -20,12 +20,13 @@ from devns.api import (
     sysfs,
 )
 from devns_network import lent
-from devns_network.ports import check_allowed, parse_port, parse_published
+from devns_network.ports import parse_port, parse_published, parse_rule
 
-_TUN = "/dev/net/tun"
+_TUN = "/dev/net/tun"  # which both helpers need
+_READ_WRITE = 0o6  # R_OK | W_OK, access(2)
 _SCOPES_SINCE = (6, 12)  # Landlock's scopes, which launch uses: landlock(7)
-_ENGINES = ("pasta", "slirp4netns")  # the better one first
-_DNS = {"pasta": "169.254.1.1", "slirp4netns": "10.0.2.3"}  # where each answers for the host's resolver
+_HELPERS = ("pasta", "slirp4netns")  # the better one first
+_DNS = "10.0.2.3"  # where every engine answers for the host's resolver
 # Directories of sysfs that are made to be mounted on: they hide nothing when they are. fs/sysfs/mount.c
 _SYS_MOUNT_POINTS = (
     "/sys/firmware/efi/efivars",
@@ -47,11 +48,12 @@ _SYS_MOUNT_POINTS = (
 @dataclass(frozen=True)
 class NetworkTable:
     """[network]. `publish` is "[ADDRESS:]HOST:GUEST", on 127.0.0.1 unless said; `host_loopback` are ports of the host's
-    own loopback that can be reached from inside; with `allow`, nothing else can be reached."""
+    own loopback that can be reached from inside; with `allow`, nothing else can be reached, and `deny` beats it."""
 
     mode: Literal["host", "none", "user"] = "host"
     publish: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
     allow: tuple[str, ...] | None = field(default=None, metadata={"merge": "add"})
+    deny: tuple[str, ...] = field(default=(), metadata={"merge": "add"})
     host_loopback: tuple[int, ...] = field(default=(), metadata={"merge": "add"})
     certificates: Literal["host", "own"] = "host"
     proxy: Literal["auto", "host", "none"] = "auto"
@@ -59,11 +61,20 @@ class NetworkTable:
 
     def __post_init__(self) -> None:
         parse_published(self.publish)
-        for target in self.allow or ():
-            check_allowed(target)
+        for rule in self.allow or ():
+            parse_rule(rule)
+        for rule in self.deny:
+            kind, _target, port = parse_rule(rule)
+            if kind == "name" and port:
+                raise ValueError(f'"{rule}": a name is denied as a whole, without a port')
         for port in self.host_loopback:
             parse_port(port)
-        said = {"publish": self.publish, "allow": self.allow is not None, "host_loopback": self.host_loopback}
+        said = {
+            "publish": self.publish,
+            "allow": self.allow is not None,
+            "deny": self.deny,
+            "host_loopback": self.host_loopback,
+        }
         for key in (key for key, value in said.items() if value and self.mode != "user"):
             raise ValueError(f'{key} needs mode = "user", not "{self.mode}"')
 
@@ -127,64 +138,35 @@ def devns_plan(spec: Spec, host: Host) -> Iterable[Step]:
 
 
 def _user(table: NetworkTable, host: Host) -> Iterator[Step]:
-    engine = _engine(table, host)
-    if engine is None:
-        return  # devns_check has refused
     published = parse_published(table.publish)
     yield outside(
-        "devns_network.helper:hold",
-        engine=engine,
-        program=host.which(engine),
+        "devns_network.user:hold",
+        engines=[["built-in", None], *([name, host.which(name)] for name in _helpers(table, host))],
         publish=[list(row) for row in published],
         host_loopback=sorted(set(table.host_loopback)),
+        allow=None if table.allow is None else [list(parse_rule(text)) for text in table.allow],
+        deny=[list(parse_rule(text)) for text in table.deny],
     )
-    yield _file("/etc/resolv.conf", lent.resolv_text(host, _DNS[engine]))
+    yield _file("/etc/resolv.conf", lent.resolv_text(host, _DNS))
     for address, outer, inner in published:
         if not address.startswith("127.") and address != "::1":
             yield note(f"port {outer} of {address} is open to the network: it leads to port {inner} inside")
 
 
-def _engine(table: NetworkTable, host: Host) -> str | None:
-    """The helper that can do what is asked for. slirp4netns cannot publish a port when it starts, nor open the host's
-    loopback for single ports; neither can enforce `allow`."""
-    if table.allow is not None or _tun_problem(host):
-        return None
-    engines = _ENGINES[:1] if table.publish or table.host_loopback else _ENGINES
-    return next((name for name in engines if host.which(name)), None)
+def _helpers(table: NetworkTable, host: Host) -> list[str]:
+    """The helpers that can do all that is asked for, should the built-in engine not work here. slirp4netns cannot
+    publish a port when it starts, nor open the host's loopback for single ports; neither can enforce a rule."""
+    if table.allow is not None or table.deny or not host.access(_TUN, _READ_WRITE):
+        return []
+    able = _HELPERS[:1] if table.publish or table.host_loopback else _HELPERS
+    return [name for name in able if host.which(name)]
 
 
 def _user_problems(table: NetworkTable, host: Host) -> Iterator[Problem]:
-    other = 'set mode = "host" or "none" in [network]'
-    if table.allow is not None:
-        yield Problem("network", "neither pasta nor slirp4netns can keep an environment to what allow says", other)
-        return
     first = host.read("/proc/sys/net/ipv4/ip_unprivileged_port_start") or ""
     for _address, port, _inside in parse_published(table.publish):
         if host.uid != 0 and first.strip().isdecimal() and port < int(first):
             yield Problem("publish", f"port {port} may be opened only by root here", f"publish {int(first)} or above")
-    if _engine(table, host) is not None:
-        return
-    tun = _tun_problem(host)
-    found = [name for name in _ENGINES if host.which(name)]
-    reasons = [tun] if tun else []
-    if not found:
-        reasons.append("neither pasta nor slirp4netns is on PATH")
-    elif not tun:
-        reasons.append(f"only pasta can publish ports or open host_loopback, and only {found[0]} is on PATH")
-    remedy = "install passt" if not tun else f"chmod 0666 {_TUN}, as root"
-    yield Problem("network", f"no way to a network of its own here: {' and '.join(reasons)}", f"{remedy}; or {other}")
-
-
-def _tun_problem(host: Host) -> str | None:
-    """Why the caller cannot open /dev/net/tun, which both helpers need."""
-    status = host.stat(_TUN)
-    if status is None:
-        return f"there is no {_TUN}"
-    shift = 6 if status.st_uid == host.uid else 3 if status.st_gid in (host.gid, *host.groups) else 0
-    if host.uid == 0 or (status.st_mode >> shift) & 0o6 == 0o6:
-        return None
-    owner = "root" if status.st_uid == 0 else f"uid {status.st_uid}"
-    return f"{_TUN} is {status.st_mode & 0o7777:04o} and owned by {owner}"
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ _EVERY = ("0.0.0.0", "::")  # noqa: S104  # compared with, never bound: it takes
 
 _PUBLISH = re.compile(r"(?:(?P<v4>[0-9.]+):|\[(?P<v6>[0-9a-fA-F:.]+)\]:)?(?P<outside>[0-9]+):(?P<inside>[0-9]+)")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
-_ALLOW = re.compile(r"(?P<target>\[[^\]]*\](?:/[0-9]+)?|[^:\[\]]+)(?::(?P<port>[0-9]+))?")
+_RULE = re.compile(r"(?P<target>\[[^\]]*\](?:/[0-9]+)?|[^:\[\]]+)(?::(?P<port>[0-9]+))?")
 
 Published = tuple[str, int, int]  # the address and port of the host, the port inside
+Rule = tuple[str, str, int]  # "name" or "net", which one, and the port or 0 for every one
 
 
 def parse_publish(text: str) -> Published:
@@ -44,23 +45,22 @@ def parse_port(text: str | int) -> int:
     return port
 
 
-def check_allowed(text: str) -> None:
-    """ "*.example.org:443", "example.org", "10.0.0.0/8:22" or "[2001:db8::]/32"."""
-    match = _ALLOW.fullmatch(text)
+def parse_rule(text: str) -> Rule:
+    """ "*.example.org:443", "example.org", "10.0.0.0/8:22" or "[2001:db8::]/32": what it is, without a port 0."""
+    match = _RULE.fullmatch(text)
     if match is None:
         raise ValueError(f'"{text}": expected NAME[:PORT], *.NAME[:PORT] or NETWORK[:PORT]')
-    if match["port"]:
-        parse_port(match["port"])
+    port = parse_port(match["port"]) if match["port"] else 0
     target = match["target"].replace("[", "").replace("]", "")
     try:
-        ipaddress.ip_network(target)
-        return
+        return "net", str(ipaddress.ip_network(target)), port
     except ValueError:
         looks_like_one = "/" in target or ":" in target or re.fullmatch(r"[0-9.]+", target)
     if looks_like_one:
         raise ValueError(f'"{text}": {target} is no network: are bits set beyond its prefix?')
     if not _is_host_name(target.removeprefix("*.")):
         raise ValueError(f'"{text}": {target} is no host name')
+    return "name", target.lower(), port
 
 
 def _is_host_name(name: str) -> bool:

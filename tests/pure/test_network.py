@@ -42,7 +42,6 @@ USER = {"mode": "user", **BARE}
 TUN = {"/dev/net/tun": ""}
 PASTA = {"/usr/bin/pasta": ""}
 SLIRP = {"/usr/bin/slirp4netns": ""}
-OTHER = 'set mode = "host" or "none" in [network]'
 
 
 def machine(
@@ -166,7 +165,7 @@ def test_a_sysfs_is_mounted_where_the_one_that_is_seen_hides_nothing(
     assert sysfs() not in steps({"mode": "host", **BARE}, host)
 
 
-@pytest.mark.parametrize("key", [{"publish": ["80:80"]}, {"allow": []}, {"host_loopback": [5432]}])
+@pytest.mark.parametrize("key", [{"publish": ["80:80"]}, {"allow": []}, {"deny": ["b.org"]}, {"host_loopback": [5432]}])
 @pytest.mark.parametrize("mode", ["host", "none"])
 def test_what_only_an_own_network_can_do_is_refused_elsewhere(key: Mapping[str, Any], mode: str) -> None:
     with pytest.raises(TemplateError) as caught:
@@ -177,37 +176,64 @@ def test_what_only_an_own_network_can_do_is_refused_elsewhere(key: Mapping[str, 
 # --- mode = "user" ----------------------------------------------------------------------------------------------------
 
 
-def test_pasta_carries_the_network_where_it_can_run(tmp_path: Path) -> None:
-    host = machine(tmp_path, {**TUN, **PASTA, **SLIRP, "/etc/resolv.conf": "nameserver 10.0.0.1\nsearch example.org\n"})
+def user_step(*helpers: str, **said: Any) -> Step:
+    """The step of mode = "user" where these helpers could stand in for the built-in engine."""
+    rows = [["built-in", None], *([name, f"/usr/bin/{name}"] for name in helpers)]
+    rules: dict[str, Any] = {"publish": [], "host_loopback": [], "allow": None, "deny": []}
+    return outside("devns_network.user:hold", engines=rows, **{**rules, **said})
+
+
+def test_an_own_network_needs_neither_a_helper_nor_a_tap_device(tmp_path: Path) -> None:
+    host = machine(tmp_path, {"/etc/resolv.conf": "nameserver 10.0.0.1\nsearch example.org\n"})
     data = {"publish": ["8000:80"], "host_loopback": [5432, 5432], **USER}
     assert problems(data, host) == []
     assert steps(data, host) == [
         namespace("net"),
         loopback(),
-        outside(
-            "devns_network.helper:hold",
-            engine="pasta",
-            program="/usr/bin/pasta",
-            publish=[["127.0.0.1", 8000, 80]],
-            host_loopback=[5432],
-        ),
-        etc("resolv.conf", "nameserver 169.254.1.1\nsearch example.org\n"),
+        user_step(publish=[["127.0.0.1", 8000, 80]], host_loopback=[5432]),
+        etc("resolv.conf", "nameserver 10.0.2.3\nsearch example.org\n"),
         etc("hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost\n127.0.1.1 app\n"),
     ]
 
 
-def test_slirp4netns_is_the_second_choice(tmp_path: Path) -> None:
-    host = machine(tmp_path, {**TUN, **SLIRP})
-    assert steps(USER, host)[2:4] == [
-        outside(
-            "devns_network.helper:hold",
-            engine="slirp4netns",
-            program="/usr/bin/slirp4netns",
-            publish=[],
-            host_loopback=[],
-        ),
-        etc("resolv.conf", "nameserver 10.0.2.3\n"),
-    ]
+def engine_step(data: Mapping[str, Any], host: Host) -> Step:
+    (found,) = (step for step in steps({**USER, **data}, host) if step["op"] == "devns_network.user:hold")
+    return found
+
+
+def test_helpers_stand_in_for_the_built_in_engine_in_the_order_of_what_they_can_do(tmp_path: Path) -> None:
+    assert engine_step({}, machine(tmp_path, TUN | PASTA | SLIRP)) == user_step("pasta", "slirp4netns")
+
+
+@pytest.mark.parametrize("asked", [{"publish": ["8000:80"]}, {"host_loopback": [5432]}])
+def test_slirp4netns_cannot_open_single_ports(tmp_path: Path, asked: Mapping[str, Any]) -> None:
+    named = [name for name, _program in engine_step(asked, machine(tmp_path, TUN | PASTA | SLIRP))["engines"]]
+    assert named == ["built-in", "pasta"]
+
+
+@pytest.mark.parametrize("rules", [{"allow": ["a.org:443"]}, {"allow": []}, {"deny": ["10.0.0.0/8"]}])
+def test_no_helper_can_keep_an_environment_to_rules(tmp_path: Path, rules: Mapping[str, Any]) -> None:
+    assert engine_step(rules, machine(tmp_path, TUN | PASTA | SLIRP))["engines"] == [["built-in", None]]
+
+
+def test_the_rules_are_understood_before_the_engine_gets_them(tmp_path: Path) -> None:
+    rules = {"allow": ["*.Example.org:443", "a.org", "10.0.0.0/8:22"], "deny": ["[2001:db8::]/32", "b.org"]}
+    assert engine_step(rules, machine(tmp_path)) == user_step(
+        allow=[["name", "*.example.org", 443], ["name", "a.org", 0], ["net", "10.0.0.0/8", 22]],
+        deny=[["net", "2001:db8::/32", 0], ["name", "b.org", 0]],
+    )
+
+
+def test_a_name_is_denied_as_a_whole() -> None:
+    with pytest.raises(TemplateError, match=r'"b.org:25": a name is denied as a whole, without a port'):
+        table({"mode": "user", "deny": ["b.org:25"]})
+
+
+def test_a_helper_that_cannot_have_a_tap_device_is_not_tried(tmp_path: Path) -> None:
+    machine(tmp_path, TUN | PASTA)
+    (tmp_path / "dev/net/tun").chmod(0o600)
+    host = Host.make(root=str(tmp_path), uid=4711, gid=4711, environ={}, machine="x86_64", release="6.1.0")
+    assert engine_step({}, host)["engines"] == [["built-in", None]]
 
 
 def test_a_port_that_others_can_reach_is_said(tmp_path: Path) -> None:
@@ -216,47 +242,6 @@ def test_a_port_that_others_can_reach_is_said(tmp_path: Path) -> None:
     assert [step for step in steps(data, host) if step["op"] == "note"] == [
         note("port 8000 of 0.0.0.0 is open to the network: it leads to port 80 inside")
     ]
-
-
-def test_H_10_no_tun_device_is_a_problem_with_its_reason(tmp_path: Path) -> None:
-    host = machine(tmp_path, PASTA)
-    message = "no way to a network of its own here: there is no /dev/net/tun"
-    remedy = f"chmod 0666 /dev/net/tun, as root; or {OTHER}"
-    assert problems({"mode": "user"}, host) == [Problem("network", message, remedy)]
-    assert namespace("net") in steps(USER, host)  # never the host's network instead
-
-
-def test_H_10_a_tun_device_of_anothers_is_named_with_its_mode(tmp_path: Path) -> None:
-    machine(tmp_path, TUN)
-    (tmp_path / "dev/net/tun").chmod(0o600)
-    host = Host.make(root=str(tmp_path), uid=4711, gid=4711, environ={}, machine="x86_64", release="6.1.0")
-    owner = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
-    assert [problem.message for problem in problems({"mode": "user"}, host)] == [
-        f"no way to a network of its own here: /dev/net/tun is 0600 and owned by {owner}"
-        " and neither pasta nor slirp4netns is on PATH"
-    ]
-
-
-def test_H_10_without_a_helper_the_problem_names_both(tmp_path: Path) -> None:
-    message = "no way to a network of its own here: neither pasta nor slirp4netns is on PATH"
-    assert problems({"mode": "user"}, machine(tmp_path, TUN)) == [
-        Problem("network", message, f"install passt; or {OTHER}")
-    ]
-
-
-@pytest.mark.parametrize("asked", [{"publish": ["8000:80"]}, {"host_loopback": [5432]}])
-def test_slirp4netns_alone_cannot_open_single_ports(tmp_path: Path, asked: Mapping[str, Any]) -> None:
-    (problem,) = problems({"mode": "user", **asked}, machine(tmp_path, TUN | SLIRP))
-    assert problem.fatal
-    reason = "only pasta can publish ports or open host_loopback, and only slirp4netns is on PATH"
-    assert problem.message == f"no way to a network of its own here: {reason}"
-
-
-def test_no_helper_can_keep_an_environment_to_a_list_of_names(tmp_path: Path) -> None:
-    host = machine(tmp_path, TUN | PASTA | SLIRP)
-    message = "neither pasta nor slirp4netns can keep an environment to what allow says"
-    assert problems({"mode": "user", "allow": ["*.example.org:443"]}, host) == [Problem("network", message, OTHER)]
-    assert not any(":" in step["op"] for step in steps({**USER, "allow": []}, host))
 
 
 def test_a_port_that_belongs_to_root_is_a_problem(tmp_path: Path) -> None:
@@ -443,7 +428,7 @@ def step(engine: str, program: str = "/bin/x", **fields: Any) -> Step:
 
 def test_N_01_pasta_closes_every_way_to_the_hosts_loopback() -> None:
     line = "/bin/x --foreground --quiet --config-net --ipv4-only --no-map-gw -u none -U none -t none -T none"
-    rest = "--dns-forward 169.254.1.1 --pid /tmp/ready -- 42"
+    rest = "--dns-forward 10.0.2.3 --pid /tmp/ready -- 42"
     assert helper.arguments(step("pasta"), 42, "/tmp/ready") == f"{line} {rest}".split()
 
 
@@ -451,7 +436,7 @@ def test_pasta_opens_the_ports_that_are_said_and_no_others() -> None:
     told = step("pasta", publish=[["127.0.0.1", 8000, 80], ["::1", 8001, 80]], host_loopback=[5432, 6379])
     line = "/bin/x --foreground --quiet --config-net --no-map-gw -u none -U none"
     ports = "-t 127.0.0.1/8000:80 -t ::1/8001:80 -T 5432 -T 6379"
-    rest = "--dns-forward 169.254.1.1 --pid /tmp/ready -- 42"
+    rest = "--dns-forward 10.0.2.3 --pid /tmp/ready -- 42"
     assert helper.arguments(told, 42, "/tmp/ready") == f"{line} {ports} {rest}".split()
 
 
