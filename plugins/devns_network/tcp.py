@@ -22,7 +22,7 @@ from devns_network.wire import Wire
 
 Connect = Callable[[tuple[str, int]], "tuple[socket.socket, int] | None"]  # from a peer to a socket and its errno
 
-_PENDING_MAX = 1024  # beyond it a SYN is passed over: its sender tries again
+_PENDING_MAX = 1024
 _CONNECTING = 150.0  # seconds; the kernel gives up before, tcp(7), tcp_syn_retries
 _ACCEPTED_WITHIN = 10.0  # seconds
 _AT_ONCE = 64
@@ -81,8 +81,11 @@ class Tcp:
             if pending.ready:
                 self._wire.send_again(syn)
             return
-        if len(self._pending) >= _PENDING_MAX or self._carried + len(self._pending) >= self._most:
+        if self._carried + len(self._pending) >= self._most:
             return
+        if len(self._pending) >= _PENDING_MAX:
+            # The one that has waited longest, for an answer that most come in milliseconds: its client tries again.
+            self._give_up(next(iter(self._pending.values())))
         if syn.destination in self._policy.dns:
             if syn.port == 53:
                 pending = self._pending[key] = Pending(key, syn, None, self._loop.now)
@@ -197,9 +200,12 @@ class Tcp:
         now = self._loop.now
         for pending in list(self._pending.values()):
             if now - pending.since > (_ACCEPTED_WITHIN if pending.ready else _CONNECTING):
-                del self._pending[pending.key]
-                if pending.outer is not None:
-                    self._loop.close(pending.outer)
+                self._give_up(pending)
+
+    def _give_up(self, pending: Pending) -> None:
+        del self._pending[pending.key]
+        if pending.outer is not None:
+            self._loop.close(pending.outer)
 
 
 def outer_socket(family: int, kind: int, protocol: int = 0) -> socket.socket:

@@ -30,10 +30,11 @@ from devns import linux
 from devns.base import Base
 from devns.decode import At, decode
 from devns.host import Host
-from devns.launch import started
+from devns.launch import Child, started
 from devns.plan import make_plan
 from devns.spec import Root, Spec
 from devns.workflow import explain
+from devns_network import engine
 from devns_network.plugin import NetworkTable, devns_plan
 
 REMOTE, REMOTE6 = "203.0.113.10", "2001:db8:99::10"
@@ -156,6 +157,10 @@ class Lab:
             notes += said
         return value if drive is None else (value, driven)
 
+    def wired(self, function: Callable[..., Any], *args: Any, **step: Any) -> Any:
+        """What `function` returns, run where there is nothing but the engine's network, with every power over it."""
+        return self.on("user", _wire, function, args, step)
+
     def run(self, side: str, argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             argv,
@@ -272,6 +277,37 @@ def _enter(
     return ast.literal_eval(str(running.result)), driven, notes
 
 
+def _wire(function: Callable[..., Any], args: tuple[Any, ...], more: Mapping[str, Any]) -> Any:
+    """In bare namespaces with the engine's network and every capability over it: the value."""
+    ear, mouth = os.pipe2(os.O_CLOEXEC)
+    value, spoken = os.pipe2(os.O_CLOEXEC)
+    go, gone = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+
+        def run() -> None:
+            linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
+            _map(0, _USER, _USER)
+            os.close(mouth)
+            os.close(gone)
+            os.read(go, 1)
+            _said(spoken, function, args)
+
+        _end(run)
+    for fd in (mouth, spoken, go):
+        os.close(fd)
+    os.read(ear, 1)
+    rules: dict[str, Any] = {"publish": [], "host_loopback": [], "allow": None, "deny": []}
+    with engine.hold({"op": "", **rules, **more}, Child(pid, lambda text: None)):
+        os.close(gone)
+        with os.fdopen(value, "rb") as file:
+            words = file.read().decode()
+        os.waitpid(pid, 0)
+    os.close(ear)
+    assert words.startswith("="), words
+    return ast.literal_eval(words[1:])
+
+
 def engine_beside(child: int) -> int:
     """The engine of a launch of this process: its other child."""
     return next(pid for pid in children(os.getpid()) if pid != child)
@@ -343,15 +379,20 @@ def serve_all(ready: Callable[[], None]) -> None:
     behaviours = {ECHO: echo, HALF: half, RESET: reset, PEER: peer, SILENT: silent, LARGE: large, 80: peer}
     for port, behave in behaviours.items():
         serve(port, behave)
+    ready()
+    serve_datagrams(ECHO, lambda data: data)
+
+
+def serve_datagrams(port: int, reply: Callable[[bytes], bytes]) -> NoReturn:
     datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     datagrams.setsockopt(socket.IPPROTO_IPV6, 49, 1)  # IPV6_RECVPKTINFO: the answer comes from where it was asked
-    datagrams.bind(("", ECHO))
-    ready()
+    datagrams.bind(("", port))
     while True:
         data, ancillary, _flags, sender = datagrams.recvmsg(1 << 16, 256)
         with contextlib.suppress(OSError):
-            datagrams.sendmsg([data], [row for row in ancillary if row[1] == socket.IPV6_PKTINFO], 0, sender)
+            rows = [row for row in ancillary if row[1] == socket.IPV6_PKTINFO]
+            datagrams.sendmsg([reply(data)], rows, 0, sender)
 
 
 def read_all(client: socket.socket) -> bytes:
@@ -433,6 +474,23 @@ def raw(kind: int, data: str) -> bytes:
     if kind == _CNAME:
         return encode(data)
     return socket.inet_pton(socket.AF_INET if kind == _A else socket.AF_INET6, data)
+
+
+def serve_canaries(ready: Callable[[], None], port: int) -> None:
+    """Listen on every address of this side: whoever connects is told that it should not have been possible."""
+    import threading
+
+    listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+
+    def accept() -> None:
+        while True:
+            client, _peer = listener.accept()
+            with contextlib.suppress(OSError), client:
+                client.sendall(b"canary")
+
+    threading.Thread(target=accept, daemon=True).start()
+    ready()
+    serve_datagrams(port, lambda data: b"canary")
 
 
 @contextlib.contextmanager
