@@ -214,7 +214,7 @@ class Forwarder:
             return  # who sends that waits for nothing
         ports = self._policy.ports_of(name)
         if not ports:
-            self._policy.remember(f"name {name}")
+            self._policy.remember_name(name)
             answer(failure(query, _NXDOMAIN))
         elif kind in _TRANSFERS:
             answer(failure(query, _REFUSED))
@@ -300,7 +300,7 @@ class Forwarder:
         """Whether none of the names that a name leads to is denied; if so, its addresses are known from now on."""
         names, found = addresses(answer)
         if any(self._policy.deny_names.ports(name) for name in names):
-            self._policy.remember(f"name {names[0]}")
+            self._policy.remember_name(names[0])
             return False
         ports = self._policy.ports_of(names[0])
         for address, ttl in found:

@@ -116,6 +116,12 @@ class Policy:
         if attempt in self.denied or len(self.denied) < _DENIED_MAX:
             self.denied[attempt] = self.denied.get(attempt, 0) + 1
 
+    def remember_name(self, name: str) -> None:
+        """A name that was refused; the same with a search domain behind it is no other attempt. resolv.conf(5)"""
+        labels = name.split(".")
+        if not any(f"name {'.'.join(labels[:count])}" in self.denied for count in range(1, len(labels))):
+            self.remember(f"name {name}")
+
     def _is_open(self, address: bytes, port: int, now: float) -> bool:
         if self._closed.has(address, 0) or address in self.dns or self._hides_a_closed_one(address, port, now):
             return False
