@@ -559,6 +559,7 @@ def probe(host: Host, scratch: str) -> dict[str, Fact]:
         tries = _Tries(host, work)
         for name, detail in _TRIED.items():
             facts[name] = facts[name] if name in facts else tries.fact(name, detail, facts.get("userns"))
+        facts["engine"] = tries.engine_fact(facts["net"])
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.chmod(f"{work}/work/work", 0o700)  # the kernel leaves it at mode 0
@@ -600,6 +601,39 @@ class _Tries:
         if why is None and (failed := _in_child(own)):
             why = problem(name, self.host, failed[1], op=failed[0])
         return Fact(name, False, why.message, why.remedy) if why else Fact(name, True, detail)
+
+    def engine_fact(self, net: Fact) -> Fact:
+        """The built-in network engine carries the network of a child for a moment, as it does in a launch."""
+        if not net.works:
+            return Fact("engine", False, net.detail, net.remedy)
+        from importlib import import_module
+
+        from devns.launch import Child
+
+        engine = import_module("devns_network.engine")  # an effect, found by its name as in a launch
+        (entered, enter), (ended, end) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(end)
+                self._enter("net")
+                os.write(enter, b"!")
+                os.read(ended, 1)
+            finally:
+                os._exit(0)
+        os.close(enter)
+        try:
+            os.read(entered, 1)
+            with engine.hold({"publish": [], "host_loopback": [], "allow": None, "deny": []}, Child(pid, _ignore)):
+                return Fact("engine", True, "an own network, without a helper")
+        except engine.NotHere as error:
+            return Fact("engine", False, str(error), "sudo modprobe -a veth nf_tables nft_tproxy")
+        finally:
+            os.close(entered)
+            os.close(end)
+            os.close(ended)
+            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
+                os.waitpid(pid, 0)
 
     def _enter(self, *names: str, maps: bool = True) -> None:
         """Into a new user namespace with those others; what is mounted there stays there."""
@@ -706,6 +740,10 @@ class _Tries:
         os.close(map_)
         if os.waitpid(pid, 0)[1] or refused:
             raise _Failed("newuidmap", E.EPERM)
+
+
+def _ignore(text: str) -> None:
+    """For who has nothing to tell the user."""
 
 
 def _write(path: str, text: str) -> None:

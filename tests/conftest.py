@@ -171,7 +171,7 @@ def facts() -> Mapping[str, Fact]:
         return probe(Host.probe(), scratch)
 
 
-def _must_work() -> list[str]:
+def must_work() -> list[str]:
     return [name.strip() for name in os.environ.get("DEVNS_MUST_WORK", "").split(",") if name.strip()]
 
 
@@ -185,7 +185,7 @@ def require() -> Callable[..., None]:
 
     def check(*names: str) -> None:
         for fact in (facts()[name] for name in names):
-            if not fact.works and fact.id in _must_work():
+            if not fact.works and fact.id in must_work():
                 pytest.fail(f"{fact.id} must work here: {fact.detail}; {fact.remedy}", pytrace=False)
             if not fact.works:
                 pytest.skip(f"needs {fact.id}: {fact.detail}")
@@ -194,7 +194,7 @@ def require() -> Callable[..., None]:
 
 
 def pytest_sessionstart() -> None:
-    unknown = sorted(set(_must_work()) - set(facts())) if _must_work() else ()
+    unknown = sorted(set(must_work()) - set(facts())) if must_work() else ()
     if unknown:
         raise pytest.UsageError(f"DEVNS_MUST_WORK: {', '.join(unknown)}: none of {', '.join(facts())}")
 
@@ -206,5 +206,5 @@ def pytest_report_header() -> list[str]:
     lacking = ", ".join(name for name, fact in facts().items() if not fact.works)
     return [
         f"devns: Linux {here.release} {here.machine}, {here.user} ({here.uid}), {works}",
-        f"devns: lacking here: {lacking or 'nothing'}; must work: {', '.join(_must_work()) or 'nothing'}",
+        f"devns: lacking here: {lacking or 'nothing'}; must work: {', '.join(must_work()) or 'nothing'}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,8 @@ from devns.host import Host
 from devns.launch import Plan
 from devns.plan import Step, make_plan
 from devns.spec import Root, Spec, User
+from tests.conftest import facts, must_work
+from tests.kernel.lab import Lab, opened
 
 
 @pytest.fixture
@@ -108,6 +111,21 @@ def canary() -> Iterator[Canary]:
             assert listing.read() == mounts
     finally:
         bird.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Two hosts and a wire between them, for the tests of a module."""
+    needed = [facts()[name] for name in ("userns", "net", "engine")]
+    lacking = [fact for fact in needed if not fact.works]
+    if lacking and lacking[0].id in must_work():
+        pytest.fail(f"{lacking[0].id} must work here: {lacking[0].detail}", pytrace=False)
+    if lacking:
+        pytest.skip(f"needs {lacking[0].id}: {lacking[0].detail}")
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip: the package iproute2 is not installed")
+    with opened(tmp_path_factory.mktemp("lab")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import contextlib
 import encodings.idna  # noqa: F401  # inside nothing can be imported, and connecting by name asks for it
 import os
 import resource
-import shutil
 import signal
 import socket
 import struct
@@ -67,11 +66,6 @@ addr add {REMOTE}/32 dev lo
 addr add {METADATA}/32 dev lo
 -6 addr add {REMOTE6}/128 dev lo nodad
 """
-
-
-def missing() -> str | None:
-    """What this machine lacks for a laboratory."""
-    return None if shutil.which("ip") else "ip (iproute2) is not installed"
 
 
 class Lab:
@@ -161,21 +155,16 @@ class Lab:
         """What `function` returns, run where there is nothing but the engine's network, with every power over it."""
         return self.on("user", _wire, function, args, step)
 
-    def run(self, side: str, argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            argv,
-            preexec_fn=lambda: self._go(side),
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-            **options,
-        )
-
     def _fork(self, side: str, run: Callable[[], object], patience: int = _PATIENCE) -> int:
         pid = os.fork()
         if pid == 0:
-            _end(lambda: (signal.alarm(patience), self._go(side), run()))
+
+            def go() -> None:
+                signal.alarm(patience)
+                self._go(side)
+                run()
+
+            _end(go)
         return pid
 
     def _go(self, side: str) -> None:

@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ import pytest
 
 from tests.kernel import lab as labs
 from tests.kernel.lab import Lab
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if labs.missing():
-        pytest.skip(str(labs.missing()))
-    with labs.opened(tmp_path_factory.mktemp("lab")) as made:
-        yield made
-
 
 # --- TCP --------------------------------------------------------------------------------------------------------------
 
@@ -359,7 +349,7 @@ def look_up(name: str) -> list[str]:
     try:
         rows = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
     except socket.gaierror as error:
-        return [error.strerror]
+        return [str(error.strerror)]
     return sorted({str(row[4][0]) for row in rows})
 
 

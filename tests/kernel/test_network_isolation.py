@@ -11,7 +11,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,9 @@ from tests.kernel.lab import Lab
 CANARY = 7001
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if labs.missing():
-        pytest.skip(str(labs.missing()))
-    with labs.opened(tmp_path_factory.mktemp("lab")) as made:
-        made.start("host", labs.serve_canaries, CANARY)
-        yield made
+@pytest.fixture(scope="module", autouse=True)
+def canaries(lab: Lab) -> None:
+    lab.start("host", labs.serve_canaries, CANARY)
 
 
 def reach(address: str, port: int) -> str:
@@ -118,13 +114,12 @@ def throw(batch: list[bytes]) -> list[str]:
                 data, sender = wire.recvfrom(2048)
             except TimeoutError:
                 break
-            packet = packets.parse(data)
-            if sender[2] != 4 and packet is not None and packet.protocol == packets.TCP:  # PACKET_OUTGOING
-                flags = packet.body[13]
-                if flags & 0x12 == 0x12 and int.from_bytes(packet.ports[:2], "big") == CANARY:
-                    answers.append(
-                        socket.inet_ntop(socket.AF_INET6 if len(packet.source) == 16 else socket.AF_INET, packet.source)
-                    )
+            seen = packets.parse(data)
+            if seen is None or sender[2] == 4 or seen.protocol != packets.TCP:  # PACKET_OUTGOING
+                continue
+            if seen.body[13] & 0x12 == 0x12 and int.from_bytes(seen.ports[:2], "big") == CANARY:  # SYN, ACK
+                family = socket.AF_INET6 if len(seen.source) == 16 else socket.AF_INET
+                answers.append(socket.inet_ntop(family, seen.source))
         return answers
 
 

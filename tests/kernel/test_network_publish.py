@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from devns.errors import Unsupported
+from devns.launch import Child
 from devns_network import engine
 from tests.kernel import lab as labs
 from tests.kernel.lab import Lab
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if labs.missing():
-        pytest.skip(str(labs.missing()))
-    with labs.opened(tmp_path_factory.mktemp("lab")) as made:
-        yield made
 
 
 def serve(mouth: int, address: str = "") -> list[str]:
@@ -117,7 +110,7 @@ def take(port: int) -> list[str]:
     with socket.create_server(("127.0.0.1", port)):
         before = labs.children(os.getpid())
         try:
-            with engine.hold({"op": "", "publish": [["127.0.0.1", port, 80]]}, labs.Child(os.getpid(), print)):
+            with engine.hold({"op": "", "publish": [["127.0.0.1", port, 80]]}, Child(os.getpid(), print)):
                 return ["started"]
         except Unsupported as error:
             return [error.message, *map(str, set(labs.children(os.getpid())) - set(before))]

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.kernel import lab as labs
 from tests.kernel.lab import Lab
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if labs.missing():
-        pytest.skip(str(labs.missing()))
-    with labs.opened(tmp_path_factory.mktemp("lab")) as made:
-        yield made
 
 
 def go(target: str, port: int = labs.ECHO) -> str:
