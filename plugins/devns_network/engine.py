@@ -122,8 +122,8 @@ def _engine(step: Step, pid: int, listeners: list[socket.socket], parent: socket
         _detach([parent.fileno(), *(listener.fileno() for listener in listeners)])
         if os.getppid() != above:
             os._exit(0)
-        # Loaded here and not by the parent, which never uses it.
-        from devns_network import carrier, gate, netlink
+        # Loaded here and not by the parent, which never uses it; and what the gate does not need, while it works.
+        from devns_network import gate, netlink
 
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         routes = netlink.Netlink()
@@ -133,6 +133,8 @@ def _engine(step: Step, pid: int, listeners: list[socket.socket], parent: socket
             close_all_but([0, 1, 2, far.fileno()])
             gate.serve(pid, far, v6=v6, opened=step["host_loopback"])
         far.close()
+        from devns_network import carrier
+
         most = carrier.descriptors()
         try:
             made = carrier.Gate(near)

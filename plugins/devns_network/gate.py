@@ -260,9 +260,9 @@ def _configure_guest(guest: int, gateway: int, *, v6: bool) -> None:
 def _let_everybody_ping() -> None:
     """ping(8) without a privilege, by a socket for echo requests, for each group that there is inside. icmp(7)"""
     with open("/proc/self/gid_map") as listing:
-        rows = [[int(word) for word in line.split()] for line in listing]
-    first = min(rows)
-    _write("ipv4/ping_group_range", f"{first[0]} {first[0] + first[2] - 1}")
+        rows = sorted([int(word) for word in line.split()] for line in listing)
+    for first, _outside, count in rows[:1]:
+        _write("ipv4/ping_group_range", f"{first} {first + count - 1}")
 
 
 def _listener(address: str, port: int) -> socket.socket:

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from devns import linux
@@ -69,8 +70,9 @@ addr add {METADATA}/32 dev lo
 
 
 class Lab:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, over: Mapping[str, str]) -> None:
         self._directory = directory
+        self._over = {**over, str(directory / "resolv.conf"): os.path.realpath("/etc/resolv.conf")}
         self._pids: list[int] = []
         self._spaces: dict[str, list[tuple[int, int]]] = {}
         self.resolv_conf = directory / "resolv.conf"
@@ -81,10 +83,10 @@ class Lab:
 
         def make_host() -> None:
             linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNET | linux.CLONE_NEWNS)
-            _map(0, user, group)
+            map_to(0, user, group)
             linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
-            etc = os.path.realpath("/etc/resolv.conf")
-            linux.mount(str(self.resolv_conf), etc, None, 4096)
+            for source, target in self._over.items():
+                linux.mount(source, target, None, 4096)  # MS_BIND
 
         host = self._stay([], make_host)
         everything = [("user", linux.CLONE_NEWUSER), ("net", linux.CLONE_NEWNET), ("mnt", linux.CLONE_NEWNS)]
@@ -174,7 +176,7 @@ class Lab:
             linux.setns(fd, kind)
         if side == "user":
             linux.unshare(linux.CLONE_NEWUSER)
-            _map(_USER, 0, 0)
+            map_to(_USER, 0, 0)
             linux.set_capabilities(())
         linux.prctl(linux.PR_SET_DUMPABLE, 1)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -216,7 +218,8 @@ def _said(mouth: int, function: Callable[..., Any], args: tuple[Any, ...]) -> No
         file.write(words.encode())
 
 
-def _map(inside: int, user: int, group: int) -> None:
+def map_to(inside: int, user: int, group: int) -> None:
+    """In a new user namespace: be `inside`, and that one alone."""
     for name, text in {"setgroups": "deny", "uid_map": f"{inside} {user} 1", "gid_map": f"{inside} {group} 1"}.items():
         _write(f"/proc/self/{name}", text)
 
@@ -276,7 +279,7 @@ def _wire(function: Callable[..., Any], args: tuple[Any, ...], more: Mapping[str
 
         def run() -> None:
             linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
-            _map(0, _USER, _USER)
+            map_to(0, _USER, _USER)
             os.close(mouth)
             os.close(gone)
             os.read(go, 1)
@@ -483,8 +486,9 @@ def serve_canaries(ready: Callable[[], None], port: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(directory: Path) -> Iterator[Lab]:
-    lab = Lab(directory)
+def opened(directory: Path, over: Mapping[str, str] = MappingProxyType({})) -> Iterator[Lab]:
+    """A laboratory; `over` are files to mount over others on its host."""
+    lab = Lab(directory, over)
     try:
         lab.open()
         yield lab
