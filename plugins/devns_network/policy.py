@@ -21,6 +21,7 @@ _KEPT = 2.0  # seconds that a verdict about the host's own addresses is believed
 _KEPT_MAX = 1 << 14
 _NAME_FLOOR = 60.0  # seconds for which a name's addresses are open at least: who looks it up needs a moment to connect
 _LEARNED_MAX = 1 << 15
+_FORGET_EVERY = 5.0  # seconds: looking through all of them takes milliseconds
 _DENIED_MAX = 200  # different attempts that are remembered
 
 _CLOSED = (
@@ -95,6 +96,7 @@ class Policy:
         self.dns = frozenset(_packed(address) for address in (DNS, DNS6))
         self._own: dict[bytes, tuple[float, bool]] = {}
         self._learned: dict[bytes, dict[int, float]] = {}
+        self._forget_at = 0.0
         self.denied: dict[str, int] = {}  # what was refused, and how often
 
     def target(self, protocol: str, address: bytes, port: int, now: float) -> Target | None:
@@ -167,8 +169,11 @@ class Policy:
         """A name that is allowed has this address: open for as long as the answer holds."""
         if not self._limited:
             return
-        if len(self._learned) >= _LEARNED_MAX:
+        if len(self._learned) >= _LEARNED_MAX and address not in self._learned:
+            if now < self._forget_at:
+                return
             self._learned = {key: rows for key, rows in self._learned.items() if max(rows.values()) > now}
+            self._forget_at = now + _FORGET_EVERY
             if len(self._learned) >= _LEARNED_MAX:
                 return
         rows = self._learned.setdefault(address, {})

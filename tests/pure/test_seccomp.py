@@ -374,6 +374,40 @@ def test_E_30_calls_with_a_history_of_holes_are_refused(machine: str, name: str)
     assert strict(name, machine=machine, nested=True) == EPERM
 
 
+ALLOWED = [name for name in sorted(seccomp.NUMBERS) if name not in ("clone3", "unshare", "bpf")]
+
+
+def allowed(name: str | None, arguments: Arguments) -> bool:
+    """The policy of `allow_only` in plain Python, for a native syscall."""
+    low = [argument & 0xFFFFFFFF for argument in arguments]
+    if name == "openat":
+        return not low[2] & (3 | 0o100 | 0o1000 | 0o20000000)
+    if name == "socket":
+        return low[0] in (2, 10) and low[1] & 15 not in (3, 10)
+    if name == "ioctl":
+        return low[1] == 0x5421
+    return name in ALLOWED
+
+
+@machines
+def test_an_allowlist_allows_what_it_names_and_nothing_else(machine: str) -> None:
+    code = decode(seccomp.allow_only(ALLOWED, machine))
+    for nr in EVERY_NUMBER:
+        for given_arguments in (NOTHING, EVERYTHING):
+            native = nr if nr < 600 else -1
+            wanted = None if allowed(NAMES[machine].get(native), given_arguments) else EPERM
+            assert verdict(run(code, ARCH[machine], nr, given_arguments)) == wanted, (nr, given_arguments)
+
+
+@given(calls())
+@settings(deadline=None, database=None, max_examples=500)
+def test_an_allowlist_judges_files_sockets_and_ioctls_by_their_arguments(call: tuple[str, int, int, Arguments]) -> None:
+    machine, arch, nr, given_arguments = call
+    native = NAMES[machine].get(nr) if arch == ARCH[machine] else None
+    wanted = None if allowed(native, given_arguments) else EPERM
+    assert verdict(run(decode(seccomp.allow_only(ALLOWED, machine)), arch, nr, given_arguments)) == wanted
+
+
 @machines
 def test_E_31_a_foreign_architecture_gets_EPERM_whatever_the_number(machine: str) -> None:
     code = decode(seccomp.deny(machine, nested=True, setuid_bits=True))
