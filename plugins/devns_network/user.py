@@ -32,10 +32,13 @@ def hold(step: Step, child: Child) -> Iterator[None]:
                     from devns_network import helper
 
                     held.enter_context(helper.hold({**step, "engine": name, "program": program}, child))
-            except (engine.NotHere, Unsupported) as error:
-                if isinstance(error, Unsupported) and name == BUILT_IN:
-                    raise
+            except engine.NotHere as error:
                 reasons.append(f"{name}: {error}")
+                continue
+            except Unsupported as error:
+                if name == BUILT_IN:  # a port that is taken, which is so for every engine
+                    raise
+                reasons.append(error.message.removeprefix("network: "))
                 continue
             break
         else:

@@ -148,7 +148,7 @@ class Lab:
         it is told the engine's pid and hears what is written to that descriptor. Then it is a pair of both values.
         """
         options = ({"mode": "user", **table}, function, args, drive)
-        value, driven, said = self.on("user", _enter, str(self._directory), *options)
+        value, driven, said = self.on("user", enter, str(self._directory), *options)
         if notes is not None:
             notes += said
         return value if drive is None else (value, driven)
@@ -243,7 +243,7 @@ def _ip(script: str) -> None:
         subprocess.run(["ip", *words], check=True)
 
 
-def _enter(
+def enter(
     directory: str,
     table: Mapping[str, Any],
     function: Callable[..., Any],

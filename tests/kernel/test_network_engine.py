@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -469,3 +470,40 @@ def test_N_12_when_the_gate_is_killed_so_is_the_network(lab: Lab) -> None:
     assert lab.inside(lose_the_engine, drive=kill_gate, notes=notes) == (["ECONNRESET", "ENETUNREACH"], None)
     assert len(notes) == 1
     assert "the engine has ended (GateClosed: the gateway's process was killed)" in notes[0]
+
+
+def stay(mouth: int) -> None:
+    os.write(mouth, b"x")
+    time.sleep(60)
+
+
+def launch(ready: Callable[[], None], directory: str, told: str) -> None:
+    """A launch that goes on until its process is killed; `told` is the file for the pids of engine and gate."""
+
+    def tell(engine: int, ear: int) -> None:
+        os.read(ear, 1)
+        Path(told).write_text(f"{engine} {labs.children(engine)[0]}")
+        ready()
+
+    labs.enter(directory, {"mode": "user", "publish": ["8130:80"]}, stay, (), tell)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_when_the_parent_is_killed_engine_and_gate_end_and_nothing_listens(lab: Lab, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    parent = lab.start("user", launch, str(tmp_path), str(told))
+    pids = [int(word) for word in told.read_text().split()]
+    assert [is_running(pid) for pid in pids] == [True, True]
+    assert lab.on("user", attempt, "127.0.0.1", 8130) == "connected"
+    os.kill(parent, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [is_running(pid) for pid in pids] == [False, False]
+    assert lab.on("user", attempt, "127.0.0.1", 8130) == "ECONNREFUSED"

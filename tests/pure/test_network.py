@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from devns.api import (
 )
 from devns.decode import At, decode
 from devns.spec import Namespaces, Uts
-from devns_network import helper, lent
+from devns_network import helper, lent, user
 from devns_network.plugin import NetworkTable, devns_check, devns_plan, devns_table
 
 HOME = "/home/dev"
@@ -518,6 +519,41 @@ def test_a_helper_that_is_not_there_is_an_error_that_names_it() -> None:
         helper.hold(step("pasta", "/nowhere/pasta"), Child(os.getpid(), silent)),
     ):
         raise AssertionError
+
+
+def test_where_the_built_in_engine_cannot_start_a_helper_stands_in_and_that_is_said(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("pid", "env", "fds")}
+    program = script(tmp_path / "helper", READY.format(**paths))
+    notes: list[str] = []
+    # This process has no namespaces of its own that the engine could enter.
+    told = user_step() | {"engines": [["built-in", None], ["slirp4netns", program]]}
+    with user.hold(told, Child(os.getpid(), notes.append)):
+        assert is_running(pid_of(paths["pid"]))
+    reason = "built-in: the environment's namespaces: invalid argument"
+    assert notes == [f"network: carried by slirp4netns: {reason}"]
+
+
+def test_H_10_where_nothing_can_carry_the_network_each_says_why() -> None:
+    told = user_step() | {"engines": [["built-in", None], ["pasta", "/nowhere/pasta"]]}
+    with (
+        pytest.raises(Unsupported) as caught,
+        user.hold(told, Child(os.getpid(), silent)),
+    ):
+        raise AssertionError
+    assert caught.value.message == (
+        "network: no way to a network of its own here: built-in: the environment's namespaces: invalid argument; "
+        "pasta did not start: /nowhere/pasta: No such file or directory"
+    )
+    assert caught.value.hint == 'set mode = "host" or "none" in [network]'
+
+
+def test_C_20_a_port_that_is_taken_is_an_error_and_no_reason_for_another_engine(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = user_step(publish=[["127.0.0.1", port, 80]]) | {"engines": [["built-in", None], ["pasta", "/bin/true"]]}
+        expected = f"^network: port {port} of 127.0.0.1 cannot be opened: address already in use$"
+        with pytest.raises(Unsupported, match=expected), user.hold(told, Child(os.getpid(), silent)):
+            raise AssertionError
 
 
 HOLDER = """
