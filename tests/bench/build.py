@@ -5,11 +5,15 @@
 Both get every package from the disk and the indexes from the mirror. mmdebstrap runs as fast as it can
 (`--mode=unshare --variant=apt`, dpkg's force-unsafe-io); devns builds the template's first layer into an empty store,
 once with each id map. CPU is that of all processes of a run, user and system. Nothing is asserted.
+
+What a run made stays until the end: for each new file ext4 passes over inodes that were deleted in the last minutes,
+one by one, and whoever comes after a deletion would pay for it (recently_deleted() in fs/ext4/ialloc.c).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -53,24 +57,25 @@ def main() -> None:
             os.link(debs[package.name], f"{work}/archives/{name}")
         Path(f"{work}/debian.sources").write_text(selection.sources)
         os.chmod(f"{work}/archives", 0o755)
-        contestants = {"devns single": _devns("single"), "devns range": _devns("range")}
+        contestants = {f"devns {map}": _devns(map, options.template) for map in ("single", "range")}
         if shutil.which("mmdebstrap"):
             names = ",".join(package.name for package in selection.packages)
             contestants["mmdebstrap"] = _mmdebstrap(suite, names, work)
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
         for number in range(options.rounds):
             for name, command in contestants.items():
-                samples[name].append(_measured(name, command, work, options.template, host))
+                place = f"{work}/{len(samples[name])}-{name.replace(' ', '-')}"
+                samples[name].append(_measured(command, place, work))
                 print(f"round {number + 1}: {name}: {_shown(samples[name][-1])}", flush=True)
         _report(samples, contestants, len(selection.packages), selection.size)
         if options.json:
             Path(options.json).write_text(json.dumps(samples, indent=1))
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        sealed.delete(work, host)
 
 
-def _devns(map: str) -> list[str]:
-    return [sys.executable, "-m", "devns", "build", "--map", map]
+def _devns(map: str, template: str) -> list[str]:
+    return [sys.executable, "-m", "devns", "build", "--map", map, template]
 
 
 def _mmdebstrap(suite: str, names: str, work: str) -> list[str]:
@@ -79,34 +84,46 @@ def _mmdebstrap(suite: str, names: str, work: str) -> list[str]:
         *("--dpkgopt=force-unsafe-io", "--skip=download/empty"),
         '--setup-hook=mkdir -p "$1"/var/cache/apt/archives/partial',
         f"--setup-hook=sync-in {work}/archives /var/cache/apt/archives",
-        *(suite, f"{work}/out", f"{work}/debian.sources"),
+        *(suite, "out", f"{work}/debian.sources"),
     ]
 
 
-def _measured(name: str, command: Sequence[str], work: str, template: str, host: Host) -> dict[str, float]:
-    """Seconds of one run: {"wall", "cpu"}, and the peak of its largest process in MiB: {"memory"}."""
-    environ = {**os.environ, "DEVNS_STORE": f"{work}/store", "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT}/plugins"}
-    if name.startswith("devns"):
-        command = [*command, template]
-        os.makedirs(f"{work}/store", mode=0o700)
-        shutil.copytree(f"{work}/cache", f"{work}/store/cache", copy_function=os.link)
-        os.chmod(f"{work}/store/cache", 0o700)
+def _measured(command: Sequence[str], place: str, work: str) -> dict[str, float]:
+    """Run it in the new directory `place`: "wall" and "cpu" in seconds, "memory" in MiB of all processes at once."""
+    os.mkdir(place, 0o755)
+    environ = {**os.environ, "DEVNS_STORE": f"{place}/store", "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT}/plugins"}
+    os.makedirs(f"{place}/store", mode=0o700)
+    shutil.copytree(f"{work}/cache", f"{place}/store/cache", copy_function=os.link)
+    os.chmod(f"{place}/store/cache", 0o700)
     os.sync()
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    log = f"{work}/log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file, cwd=work)
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0.0
+    with open(f"{place}/log", "wb") as file:
+        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file, cwd=place)
+        while process.poll() is None:
+            peak = max(peak, _memory(process.pid))
+            time.sleep(0.1)
     wall = time.monotonic() - start
     if process.returncode:
-        sys.exit(f"{name} ended with {process.returncode}:\n{Path(log).read_text(errors='replace')[-3000:]}")
+        said = Path(f"{place}/log").read_text(errors="replace")[-3000:]
+        sys.exit(f"{' '.join(command)[:200]} ended with {process.returncode}:\n{said}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    for left in ("store", "out"):
-        if os.path.lexists(f"{work}/{left}"):
-            sealed.delete(f"{work}/{left}", host)
-    return {"wall": wall, "cpu": cpu, "memory": used.ru_maxrss / 1024}
+    return {"wall": wall, "cpu": cpu, "memory": peak}
+
+
+def _memory(pid: int) -> float:
+    """MiB of a process and all below it, what they share counted once for all who share it: Pss, proc_pid_smaps(5).
+    Of what belongs to other ids, whose maps nobody else may read, the resident pages."""
+    total = 0.0
+    with contextlib.suppress(OSError):
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
+        except PermissionError:
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1048576
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            total += _memory(int(child))
+    return total
 
 
 def _shown(sample: dict[str, float]) -> str:
