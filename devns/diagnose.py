@@ -370,7 +370,6 @@ def apparmor_profile(program: str | None) -> str:
 # --- newuidmap: subuid(5), newuidmap(1) -------------------------------------------------------------------------------
 
 RANGE = 65536  # a Debian root's ids: nobody is 65534
-_NOBODY = 65534  # as whose the files of ids show that a user namespace does not map. /proc/sys/kernel/overflowuid
 _KINDS: tuple[Literal["uid", "gid"], ...] = ("uid", "gid")
 
 
@@ -384,9 +383,6 @@ def _why_no_helper(host: Host) -> tuple[str, str] | None:
         status, said = host.stat(path), shlex.quote(escape(path))
         if not (status and status.st_mode & stat.S_ISUID) and host.xattr(path, "security.capability") is None:
             return f"{said} is neither set-user-ID root nor has it capabilities", f"sudo chmod u+s {said}"
-        if status and status.st_uid == _NOBODY:
-            clause = f"{said} belongs to no root that this user namespace knows, so it gains no rights"
-            return clause, "run devns outside of the sandbox around it"
         mount = mount_of(host, path)
         if mount and "nosuid" in mount.options:
             point = shlex.quote(escape(mount.point))
@@ -394,6 +390,10 @@ def _why_no_helper(host: Host) -> tuple[str, str] | None:
     if host.uid and _status(host, "NoNewPrivs"):
         clause = "no_new_privs is set on this process, so newuidmap gains no rights"
         return clause, "run devns outside of the sandbox or service around it"
+    rows = _uid_map(host)
+    if rows and all(row[0] != 0 for row in rows):
+        clause = "the user namespace around this process has no root, so newuidmap gains no rights"
+        return clause, "run devns outside of the sandbox around it"
     return None
 
 

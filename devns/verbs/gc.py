@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from devns import sealed, template, trees
+from devns import durable, sealed, template, trees
 from devns.errors import DevnsError
 from devns.store import InUse, Store
 from devns.workflow import Bench
@@ -61,7 +61,7 @@ def _clean(store: Store, gone: tuple[str, ...], dry_run: bool) -> list[dict[str,
     kept = [store.layer(key) for key in store.layers() if key not in gone]
     named = {digest for layer in kept if layer for digest in _digests(layer.record)}
     rows = []
-    with store.clearing():
+    with store.clearing(), durable.telling(store.cache):
         for part in _FETCHED:
             files = size = 0
             for path in _files(f"{store.cache}/{part}"):
