@@ -144,11 +144,23 @@ def ensure(
                     command = _Command(number + 1 - len(wanted) + len(spec.build.run), recipe, place, spec, host)
                     made = command.run(progress, shell_on_failure=shell_on_failure)
                 else:
-                    made = source.make(recipe, place, host, store.cache, progress)
+                    with _said_by(spec):
+                        made = source.make(recipe, place, host, store.cache, progress)
                 progress.stage("write to disk")
                 made |= trees.record(host, staging.path, recipe["map"], built=made.get("built"))
                 store.commit(staging, name, {"recipe": recipe, **made})
     progress.end()
+
+
+@contextmanager
+def _said_by(spec: Spec) -> Iterator[None]:
+    """Who resolves packages knows what was asked for, and not which file asked."""
+    try:
+        yield
+    except TemplateError as error:
+        if not error.message.startswith("packages: "):
+            raise
+        raise TemplateError(f"{spec.template}: root.{error.message}", hint=error.hint) from None
 
 
 def _require(spec: Spec, store: Store) -> None:

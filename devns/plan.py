@@ -41,7 +41,7 @@ def make_plan(spec: Spec, host: Host, steps: Iterable[Step], argv: Sequence[str]
     Raises TemplateError where two explicit steps want the same destination, or a mount point would have to be made on
     the host.
     """
-    chosen = _choose(steps)
+    chosen = _choose(steps, spec.template)
     inside = [step for step in chosen if step["op"] in APPLIES]
     inside.sort(key=_order)
     _refuse_litter(inside, host)
@@ -107,7 +107,7 @@ def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part]
 
 
-def _choose(steps: Iterable[Step]) -> list[Step]:
+def _choose(steps: Iterable[Step], template: str) -> list[Step]:
     """One step for each key: an explicit one beats a default, equal ones are one, two explicit ones are an error."""
     chosen: dict[tuple[str, ...], Step] = {}
     for step in steps:
@@ -121,7 +121,7 @@ def _choose(steps: Iterable[Step]) -> list[Step]:
             chosen[key] = step
         elif rival != step and not step.get("default"):
             raise TemplateError(
-                f"{' '.join(key)}: two steps want it: {json.dumps(rival)} and {json.dumps(step)}",
+                f"{template}: {' '.join(key)}: two steps want it: {json.dumps(rival)} and {json.dumps(step)}",
                 hint="leave one of them out of the template",
             )
     return [{key: value for key, value in step.items() if key != "default"} for step in chosen.values()]

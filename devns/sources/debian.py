@@ -37,7 +37,8 @@ def recipes(spec: Spec, host: Host) -> list[dict[str, Any]]:
     template is a second one, so that the first is the template's own and there for all who extend it."""
     suite = spec.root.source.removeprefix("debian:")
     if suite not in archive.SUITES:
-        raise TemplateError(f"root.from: debian:{suite}: no such suite", hint=f"one of: {', '.join(archive.SUITES)}")
+        hint = f"one of: {', '.join(archive.SUITES)}"
+        raise TemplateError(f"{spec.template}: root.from: debian:{suite}: no such suite", hint=hint)
     if host.machine not in ARCHITECTURES:
         raise Unsupported(f"debian:{suite}: no packages for this machine's processor: {host.machine}")
     map = "range" if spec.user.map == "range" else "single"
