@@ -44,8 +44,7 @@ class Loop:
     def close(self, watched: socket.socket) -> None:
         """Watched no more, and closed at the end of the turn: an event of this turn must not be taken for one of the
         next socket with the same number."""
-        if self._callbacks.pop(watched.fileno(), None) is not None:
-            self._epoll.unregister(watched.fileno())
+        self._callbacks.pop(watched.fileno(), None)  # closing it takes it out of the epoll, too
         self._closing.append(watched)
 
     def every_tick(self, callback: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ Rule = tuple[str, str, int]  # "net" or "name", the network or the name, the por
 Target = tuple[int, str, int]  # family, address, port: where the engine connects
 
 _LOOPBACK = "127.0.0.1"
-_KEPT = 2.0  # seconds that a verdict about the host's own addresses is believed
+_KEPT = 1.0  # seconds that a verdict is believed: the host may get another address
 _KEPT_MAX = 1 << 14
 _NAME_FLOOR = 60.0  # seconds for which a name's addresses are open at least: who looks it up needs a moment to connect
 _LEARNED_MAX = 1 << 15
@@ -94,22 +94,29 @@ class Policy:
         self._opened = frozenset(host_loopback)
         self._gateways = {_packed(address): address for address in (GATEWAY, GATEWAY6)}
         self.dns = frozenset(_packed(address) for address in (DNS, DNS6))
-        self._own: dict[bytes, tuple[float, bool]] = {}
+        self._verdicts: dict[tuple[bytes, int], tuple[float, Target | None]] = {}
         self._learned: dict[bytes, dict[int, float]] = {}
         self._forget_at = 0.0
         self.denied: dict[str, int] = {}  # what was refused, and how often
 
     def target(self, protocol: str, address: bytes, port: int, now: float) -> Target | None:
         """Where a packet to this address leads; None where it is not to go, which is remembered."""
-        if address in self._gateways:
-            if port in self._opened:
-                return socket.AF_INET, _LOOPBACK, port
-        elif self._is_open(address, port, now):
-            family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-            return family, socket.inet_ntop(family, address), port
-        if not self._is_for_many(address):
+        known = self._verdicts.get((address, port))
+        if known is None or known[0] < now:
+            if len(self._verdicts) >= _KEPT_MAX:
+                self._verdicts.clear()
+            known = self._verdicts[address, port] = (now + _KEPT, self._judge(address, port, now))
+        if known[1] is None and not self._is_for_many(address):
             self.remember(f"{protocol} {_shown(address, port)}")
-        return None
+        return known[1]
+
+    def _judge(self, address: bytes, port: int, now: float) -> Target | None:
+        if address in self._gateways:
+            return (socket.AF_INET, _LOOPBACK, port) if port in self._opened else None
+        if not self._is_open(address, port, now):
+            return None
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        return family, socket.inet_ntop(family, address), port
 
     def is_gateway(self, address: bytes) -> bool:
         return address in self._gateways or address in self.dns
@@ -125,32 +132,26 @@ class Policy:
             self.remember(f"name {name}")
 
     def _is_open(self, address: bytes, port: int, now: float) -> bool:
-        if self._closed.has(address, 0) or address in self.dns or self._hides_a_closed_one(address, port, now):
+        if self._closed.has(address, 0) or address in self.dns or self._hides_a_closed_one(address, port):
             return False
         if self._deny.has(address, port):
             return False
         if self._limited and not self._allow.has(address, port) and not self._is_learned(address, port, now):
             return False
-        return not self._is_own(address, now)
+        return not self._is_own(address)
 
-    def _hides_a_closed_one(self, address: bytes, port: int, now: float) -> bool:
+    def _hides_a_closed_one(self, address: bytes, port: int) -> bool:
         return any(
             network.has(address, 0)
-            and (self._closed.has(inner, 0) or self._deny.has(inner, port) or self._is_own(inner, now))
+            and (self._closed.has(inner, 0) or self._deny.has(inner, port) or self._is_own(inner))
             for network, start in self._embedding
             for inner in [address[start : start + 4]]
         )
 
-    def _is_own(self, address: bytes, now: float) -> bool:
+    def _is_own(self, address: bytes) -> bool:
         """Whether the host would keep the packet for itself, or give it to all: it knows its addresses best."""
-        known = self._own.get(address)
-        if known is None or known[0] < now:
-            if len(self._own) >= _KEPT_MAX:
-                self._own.clear()
-            kind = self._route_kind(address)
-            # Without a way there connecting fails by itself, with the reason.
-            known = self._own[address] = (now + _KEPT, kind is not None and kind != UNICAST and kind < 6)
-        return known[1]
+        kind = self._route_kind(address)
+        return kind is not None and kind != UNICAST  # without a way there connecting fails by itself, with the reason
 
     @staticmethod
     def _is_for_many(address: bytes) -> bool:
@@ -176,6 +177,7 @@ class Policy:
             self._forget_at = now + _FORGET_EVERY
             if len(self._learned) >= _LEARNED_MAX:
                 return
+        self._verdicts.clear()
         rows = self._learned.setdefault(address, {})
         for port in ports:
             rows[port] = max(rows.get(port, 0.0), now + max(float(ttl), _NAME_FLOOR))

@@ -72,14 +72,15 @@ class Relay:
         self._spare: list[tuple[int, int]] = []
         self._pipes = 0
 
-    def join(self, inner: socket.socket, outer: socket.socket, on_end: Callable[[], None]) -> None:
-        """Carry what comes between the two. Both end with a reset if this process is killed; `outer` is watched
-        already."""
+    def join(self, inner: socket.socket, outer: socket.socket, early: bool, on_end: Callable[[], None]) -> None:
+        """Carry what comes between the two, until `on_end` is called. `outer` is watched already; `early` says that
+        something has been told of it, which is told once."""
         link = Link(inner, outer, on_end)
         forth, back = link.forth, link.back
         self._loop.hand_over(outer, lambda events: self._on_events(back, forth, events))
         self._loop.watch(inner, EVERYTHING, lambda events: self._on_events(forth, back, events))
-        self._pump(back)  # what came meanwhile was told before
+        if early:
+            self._pump(back)
 
     def _on_events(self, reading: Half, writing: Half, events: int) -> None:
         # Reading first: what arrived before a reset is delivered before it.

@@ -40,7 +40,7 @@ UNREACHABLE = {
 class Pending:
     """A connection that one side has asked for and the other has not answered yet."""
 
-    __slots__ = ("key", "outer", "ready", "since", "syn")
+    __slots__ = ("early", "key", "outer", "ready", "since", "syn")
 
     def __init__(self, key: bytes, syn: Packet, outer: socket.socket | None, since: float) -> None:
         self.key = key
@@ -48,6 +48,7 @@ class Pending:
         self.outer = outer  # None: the engine itself is asked, for names
         self.since = since
         self.ready = False
+        self.early = False  # the outer side has more to say already
 
 
 class Tcp:
@@ -114,7 +115,8 @@ class Tcp:
 
     def _on_connect(self, pending: Pending, outer: socket.socket, events: int) -> None:
         if pending.ready:
-            return  # what comes early waits until the other side is there
+            pending.early = True  # it waits until the other side is there
+            return
         number = outer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & ERROR else 0
         if number or not events & (OUT | IN):
             if events & ERROR:
@@ -122,6 +124,7 @@ class Tcp:
                 self._refuse(pending.syn, number)
                 self._loop.close(outer)
             return
+        pending.early = bool(events & IN)
         prepare(outer)
         self._let_in(pending)
 
@@ -148,7 +151,7 @@ class Tcp:
             elif pending.outer is None:
                 self._serve_names(inner)
             else:
-                self._carry(inner, pending.outer)
+                self._carry(inner, pending.outer, pending.early)
 
     @staticmethod
     def _key(inner: socket.socket, peer: tuple[str, int]) -> bytes:
@@ -157,9 +160,9 @@ class Tcp:
         ports = peer[1].to_bytes(2, "big") + own[1].to_bytes(2, "big")
         return socket.inet_pton(family, peer[0]) + socket.inet_pton(family, own[0]) + ports
 
-    def _carry(self, inner: socket.socket, outer: socket.socket) -> None:
+    def _carry(self, inner: socket.socket, outer: socket.socket, early: bool) -> None:
         self._carried += 1
-        self._relay.join(inner, outer, self._on_end)
+        self._relay.join(inner, outer, early, self._on_end)
 
     def _on_end(self) -> None:
         self._carried -= 1
@@ -194,7 +197,7 @@ class Tcp:
             prepare(near)
             prepare(made[0])
             self._loop.watch(made[0], EVERYTHING, lambda events: None)
-            self._carry(near, made[0])
+            self._carry(near, made[0], False)
 
     def _sweep(self) -> None:
         now = self._loop.now
