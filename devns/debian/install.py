@@ -177,12 +177,7 @@ def _configure(
         "/usr/sbin/policy-rc.d": NO_SERVICES,
     }
     inside = [
-        bind(root, "/", readonly=False, own=True),
-        proc(),
-        dev(),
-        tmpfs("/tmp", mode=0o1777),
-        tmpfs("/run"),
-        bind(later, _LATER, readonly=False),
+        *_opened(root, later),
         *_postponed(host.realpath(root)),
         file("/run/devns/configure", _script(selection, preinsts, list(made), built)),
         *files(made.values()),
@@ -219,6 +214,18 @@ def tidy(built: int) -> tuple[str, ...]:
         "rm -f /etc/passwd- /etc/shadow- /etc/group- /etc/gshadow- /etc/subuid- /etc/subgid- /etc/.pwd.lock",
         f"[ ! -e /etc/shadow ] || {{ {days} > /run/shadow; cat /run/shadow > /etc/shadow; rm /run/shadow; }}",
     )
+
+
+def _opened(root: str, later: str) -> list[dict[str, Any]]:
+    """The new root as `/`, to be written in, and the directory of what is put off."""
+    return [
+        bind(root, "/", readonly=False, own=True),
+        proc(),
+        dev(),
+        tmpfs("/tmp", mode=0o1777),
+        tmpfs("/run"),
+        bind(later, _LATER, readonly=False),
+    ]
 
 
 def apt_conf(map: str) -> str:
@@ -315,15 +322,7 @@ def _is_file(path: str) -> bool:
 def _catch_up(root: str, later: str, host: Host, progress: Progress, *, map: str, built: int) -> None:
     """Do what was put off, as many at a time as there are processors, and see that nothing is newer than `built`."""
     progress.stage("make caches", total=len(os.listdir(later)), unit="steps")
-    inside = [
-        bind(root, "/", readonly=False, own=True),
-        proc(),
-        dev(),
-        tmpfs("/tmp", mode=0o1777),
-        tmpfs("/run"),
-        bind(later, _LATER, readonly=False),
-    ]
-    plan = sealed.sealed_plan(host, map=map, inside=inside)
+    plan = sealed.sealed_plan(host, map=map, inside=_opened(root, later))
     workers = len(os.sched_getaffinity(0))
 
     def call() -> str:
